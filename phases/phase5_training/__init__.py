@@ -1,0 +1,1 @@
+"""Ternary network training: data, optimizer, Grokfast, phases, validation."""

@@ -1,0 +1,86 @@
+"""The errors a user of Forge can meet, and the "did you mean" lookup their messages use.
+
+Every message is one line: what was found, where, what was wanted, and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ForgeError(Exception):
+    """Base of every error Forge raises on purpose; ``str(error)`` is one line.
+
+    ``exit_code`` is what the command line returns when the error ends the program.
+
+    >>> str(ForgeError("batch_size=0 is not positive;\\n use batch_size=1 or more"))
+    'batch_size=0 is not positive; use batch_size=1 or more'
+    """
+
+    exit_code: int = 1
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class UsageError(ForgeError, ValueError):
+    """A bad argument, option or configuration key: exit code 2.
+
+    >>> UsageError("epochs=-1 is negative; use epochs=0 or more").exit_code
+    2
+    """
+
+    exit_code = 2
+
+
+class DataError(ForgeError, ValueError):
+    """A bad data file or record: exit code 2 when found before training, 1 when found during it.
+
+    Whoever catches it after training has begun passes 1 to the shell; the class default is the
+    value for the checks made before.
+
+    >>> DataError("data.json record 3: 'input' is missing; add it or drop the record").exit_code
+    2
+    """
+
+    exit_code = 2
+
+
+class RunFailed(ForgeError, RuntimeError):
+    """A run that started and could not finish: exit code 1.
+
+    >>> RunFailed("loss was NaN for 100 steps in a row; lower the learning rate").exit_code
+    1
+    """
+
+    exit_code = 1
+
+
+def nearest_match(name: str, choices: Iterable[str]) -> str | None:
+    """The choice closest in spelling to ``name``, or None when nothing is near.
+
+    Args:
+        name: what the user wrote; case and the difference between ``-`` and ``_`` are ignored.
+        choices: the names that exist.
+
+    Returns:
+        One of ``choices`` as it was given, or None.
+
+    Example:
+        >>> nearest_match("learning_rat", ["learning_rate", "epochs"])
+        'learning_rate'
+        >>> nearest_match("Early-Stop", ["epoch_end", "early_stop"])
+        'early_stop'
+        >>> nearest_match("zebra", ["learning_rate", "epochs"]) is None
+        True
+    """
+    folded: dict[str, str] = {}
+    for choice in choices:
+        folded.setdefault(_fold(choice), choice)
+    found = difflib.get_close_matches(_fold(name), folded, n=1, cutoff=0.6)
+    return folded[found[0]] if found else None
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower().replace("-", "_")

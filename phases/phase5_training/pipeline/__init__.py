@@ -1,0 +1,1 @@
+"""The parts a training run is made of; each file stands alone."""
