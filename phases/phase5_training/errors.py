@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 
 class ForgeError(Exception):
-    """Base of every error Forge raises on purpose; ``str(error)`` is one line.
+    r"""Base of every error Forge raises on purpose; ``str(error)`` is one line.
 
     ``exit_code`` is what the command line returns when the error ends the program.
 
-    >>> str(ForgeError("batch_size=0 is not positive;\\n use batch_size=1 or more"))
+    >>> str(ForgeError("batch_size=0 is not positive;\n use batch_size=1 or more"))
     'batch_size=0 is not positive; use batch_size=1 or more'
     """
 
@@ -47,7 +47,7 @@ class DataError(ForgeError, ValueError):
     exit_code = 2
 
 
-class RunFailed(ForgeError, RuntimeError):
+class RunFailed(ForgeError, RuntimeError):  # noqa: N818 - an outcome, and the name callers read
     """A run that started and could not finish: exit code 1.
 
     >>> RunFailed("loss was NaN for 100 steps in a row; lower the learning rate").exit_code
