@@ -1,1 +1,1 @@
-"""What a 1.58-bit model is: ternary weights, layers, packing and storage."""
+"""What a 1.58-bit model is: layers, packing, reference architectures, the session store."""

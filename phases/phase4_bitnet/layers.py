@@ -1,0 +1,293 @@
+"""Layers whose weight is a float latent used through its ternary codes, and the model converter.
+
+The latent (``weight``) is the parameter that the optimizer moves. ``codes`` and ``scale`` are derived
+from it and everything downstream uses them: the training forward, validation, packing and export.
+Who derives them, and when:
+
+* A layer on its own derives them in every forward, so it is right in anybody's training loop.
+* Under :class:`phase5_training.BitNetOptimizer` they are derived once per optimizer step, for all
+  layers together, and the forward only reads them (``codes_are_current`` is True).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from phase4_bitnet.int8_matmul import int8_matmul
+from phase4_bitnet.ternary import (
+    QuantizationMode,
+    WeightBits,
+    quantize_rows,
+    quantize_weight,
+    requantize_,
+)
+
+Backward = Literal["auto", "float32", "bf16", "int8"]
+NORM_EPS = 1e-5
+
+
+class _StraightThrough(torch.autograd.Function):
+    """``codes * scale`` in the forward; the latent receives the gradient unchanged (STE)."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+        return codes.to(latent.dtype) * scale.to(latent.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None
+
+
+class _Int8Linear(torch.autograd.Function):
+    """``y = int8(x) @ codes.T`` with int32 accumulation; straight-through gradients.
+
+    Bengio et al. 2013 (arXiv:1308.3432): both roundings count as identity, so with x̂ the
+    dequantized input and Ŵ = codes * scale, ``dx = dy @ Ŵ`` and ``dW = dy.T @ x̂``. The int8 input is
+    kept for backward, a quarter of the float one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        latent: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        out_dtype: torch.dtype,
+        backward: str,
+    ) -> Tensor:
+        rows, row_scale = quantize_rows(x)
+        ctx.save_for_backward(rows, row_scale, codes, scale)
+        ctx.x_dtype, ctx.latent_dtype, ctx.how = x.dtype, latent.dtype, backward
+        return (int8_matmul(rows, codes.t()) * (row_scale * scale)).to(out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,) = grads
+        rows, row_scale, codes, scale = ctx.saved_tensors
+        grad_x = grad_latent = None
+        if ctx.how == "int8":
+            if ctx.needs_input_grad[0]:
+                grad_rows, grad_scale = quantize_rows(grad)
+                grad_x = int8_matmul(grad_rows, codes) * (grad_scale * scale)
+            if ctx.needs_input_grad[1]:
+                # The row scale of x varies along the summed axis, so it is folded into the gradient
+                # before that is quantized per output feature.
+                columns, column_scale = quantize_rows((grad.float() * row_scale).t())
+                grad_latent = int8_matmul(columns, rows) * column_scale
+        else:
+            # "auto" follows the dtype the forward produced: bf16 under autocast, else float32.
+            dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(ctx.how, grad.dtype)
+            grad = grad.to(dtype)
+            if ctx.needs_input_grad[0]:
+                grad_x = (grad @ codes.to(dtype)) * scale.to(dtype)
+            if ctx.needs_input_grad[1]:
+                grad_latent = grad.t() @ (rows * row_scale).to(dtype)
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype)
+        if grad_latent is not None:
+            grad_latent = grad_latent.to(ctx.latent_dtype)
+        return grad_x, grad_latent, None, None, None, None
+
+
+class TernaryWeight(nn.Module):
+    """Mixed into a torch layer with a ``weight``: owns the codes, the scale and how they are saved."""
+
+    weight: Tensor
+    codes: Tensor
+    scale: Tensor
+    codes_are_current: bool
+
+    def init_codes(self, weight_bits: float, quantization_mode: str) -> None:
+        """Register the buffers; called once, after the torch layer has made its weight."""
+        if weight_bits not in (1.58, 1):
+            raise ValueError(f"weight_bits={weight_bits!r} is not supported; use 1.58 (ternary) or 1 (sign)")
+        if quantization_mode not in ("deterministic", "stochastic"):
+            raise ValueError(
+                f"quantization_mode={quantization_mode!r} is not known; use 'deterministic' or 'stochastic'"
+            )
+        self.weight_bits: WeightBits = 1 if weight_bits == 1 else 1.58
+        self.quantization_mode: QuantizationMode = (
+            "stochastic" if quantization_mode == "stochastic" else "deterministic"
+        )
+        self.codes_are_current = False
+        codes, scale = quantize_weight(self.weight, self.weight_bits)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+
+    @torch.no_grad()
+    def requantize_(self) -> None:
+        """Derive ``codes`` and ``scale`` from the latent, in place."""
+        requantize_([self.weight], [self.codes], [self.scale], self.weight_bits, self.quantization_mode)
+
+    def current_codes(self) -> tuple[Tensor, Tensor]:
+        """The codes (int8, the weight's shape) and scale (float32, shape ()) for this forward."""
+        stochastic = self.quantization_mode == "stochastic"
+        # A stochastic draw belongs to training; evaluation uses the codes that were drawn last.
+        if self.codes_are_current or (stochastic and not self.training):
+            return self.codes, self.scale
+        return quantize_weight(self.weight, self.weight_bits, self.quantization_mode)
+
+    def ternary_weight(self) -> Tensor:
+        """``codes * scale`` in the latent's shape and dtype, differentiable straight through."""
+        codes, scale = self.current_codes()
+        return _StraightThrough.apply(self.weight, codes, scale)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if not self.codes_are_current and self.quantization_mode == "deterministic":
+            self.requantize_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # A float checkpoint has no codes: they follow from the weight.
+        from_float = prefix + "weight" in state_dict and prefix + "codes" not in state_dict
+        missing_keys = args[2]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if from_float:
+            for name in ("codes", "scale"):
+                if prefix + name in missing_keys:
+                    missing_keys.remove(prefix + name)
+            if not self.weight.is_meta:
+                self.requantize_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        module = super()._apply(fn, recurse)
+        # model.half() or .bfloat16() must not touch the scale: it is exact in float32 only.
+        self.scale = self.scale.float()
+        return module
+
+
+class BitLinear(TernaryWeight, nn.Linear):
+    """A linear layer with 1.58-bit (or 1-bit) weights and int8 activations, BitNet b1.58's W1.58A8.
+
+    ``y = scale_w * scale_x * (int8(x) @ codes.T) + bias``, where int8(x) is quantized per row
+    (token). A drop-in replacement for :class:`torch.nn.Linear`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
+        weight_bits: 1.58 for codes {-1, 0, 1}; 1 for {-1, 1}.
+        quantization_mode: "deterministic" or "stochastic" rounding of the latent.
+        norm: divide the input by its root mean square first (RMSNorm without a learned gain), as
+            BitNet b1.58 does before each linear. It changes the function: keep it on for training
+            from scratch, and expect to fine-tune a converted model.
+        activation_bits: 8, or None to leave the input in float (weight-only).
+        backward: arithmetic of the two gradient products: "float32", "bf16", "int8", or "auto",
+            the dtype of the forward's output.
+
+    Shape:
+        input (..., in_features), output (..., out_features); any leading shape, empty too.
+
+    Example:
+        >>> layer = BitLinear(4, 2, bias=False)
+        >>> layer(torch.ones(3, 4)).shape
+        torch.Size([3, 2])
+        >>> sorted(set(layer.codes.flatten().tolist()) - {-1, 0, 1})
+        []
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        weight_bits: float = 1.58,
+        quantization_mode: str = "deterministic",
+        norm: bool = False,
+        activation_bits: int | None = 8,
+        backward: Backward = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if activation_bits not in (8, None):
+            raise ValueError(
+                f"activation_bits={activation_bits!r} is not supported; use 8, or None for float"
+            )
+        if backward not in ("auto", "float32", "bf16", "int8"):
+            raise ValueError(f"backward={backward!r} is not known; use 'auto', 'float32', 'bf16' or 'int8'")
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.norm, self.activation_bits, self.backward = norm, activation_bits, backward
+        self.init_codes(weight_bits, quantization_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` (..., in_features)."""
+        if self.norm:
+            x = F.rms_norm(x, (self.in_features,), eps=NORM_EPS)
+        if self.activation_bits is None:
+            return F.linear(x, self.ternary_weight(), self.bias)
+        device = x.device.type
+        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        codes, scale = self.current_codes()
+        out = _Int8Linear.apply(
+            x.reshape(-1, self.in_features), self.weight, codes, scale, out_dtype, self.backward
+        )
+        out = out.reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def extra_repr(self) -> str:
+        """The part of ``repr`` between the brackets."""
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}, norm={self.norm}"
+
+
+class BitConv1d(TernaryWeight, nn.Conv1d):
+    """A 1-d convolution with 1.58-bit weights and float activations (weight-only)."""
+
+    def __init__(
+        self, *args: Any, weight_bits: float = 1.58, quantization_mode: str = "deterministic", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_codes(weight_bits, quantization_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` (batch, channels, length)."""
+        return self._conv_forward(x, self.ternary_weight(), self.bias)
+
+
+class BitConv2d(TernaryWeight, nn.Conv2d):
+    """A 2-d convolution with 1.58-bit weights and float activations (weight-only)."""
+
+    def __init__(
+        self, *args: Any, weight_bits: float = 1.58, quantization_mode: str = "deterministic", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_codes(weight_bits, quantization_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` (batch, channels, height, width)."""
+        return self._conv_forward(x, self.ternary_weight(), self.bias)
+
+
+class BitEmbedding(TernaryWeight, nn.Embedding):
+    """An embedding table with 1.58-bit weights; off by default in the converter."""
+
+    def __init__(
+        self, *args: Any, weight_bits: float = 1.58, quantization_mode: str = "deterministic", **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.init_codes(weight_bits, quantization_mode)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Look up ``index`` (integers of any shape)."""
+        return F.embedding(index, self.ternary_weight(), self.padding_idx)
+
+
+def ternary_layers(model: nn.Module) -> Iterator[tuple[str, TernaryWeight]]:
+    """Yield (name, layer) for each layer with ternary codes, shared layers once."""
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryWeight):
+            yield name, module
+
+
+def requantize_layers(layers: Sequence[TernaryWeight]) -> None:
+    """Refresh the codes of many layers at once, in as few multi-tensor passes as they allow."""
+    groups: dict[tuple[Any, ...], list[TernaryWeight]] = {}
+    for layer in layers:
+        key = (layer.weight_bits, layer.quantization_mode, layer.weight.device)
+        groups.setdefault(key, []).append(layer)
+    for (bits, mode, _), members in groups.items():
+        requantize_(
+            [m.weight for m in members], [m.codes for m in members], [m.scale for m in members], bits, mode
+        )

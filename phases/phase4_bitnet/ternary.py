@@ -1,0 +1,142 @@
+"""The arithmetic of 1.58-bit networks as pure functions of tensors.
+
+A ternary weight is ``scale * codes`` with one float scale for the whole matrix and codes in
+{-1, 0, +1}. The rule is BitNet b1.58's (Ma et al. 2024, arXiv:2402.17764, equations 1-3)::
+
+    scale = mean |W|          codes = round(clip(W / scale, -1, 1))
+
+and BitNet's for one bit (Wang et al. 2023, arXiv:2310.11453): ``codes = sign(W)``, without the
+mean subtraction, so that both widths share one scale rule. Activations are quantized per row
+(token) to int8 by their largest magnitude.
+
+The scale that multiplies is rounded to a number that float16 holds exactly. Export formats store
+scales in float16 or float32; training with the value that will be stored keeps the deployed network
+equal to the one that was validated. The codes are decided with the unrounded mean.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+WeightBits = Literal[1.58, 1]
+QuantizationMode = Literal["deterministic", "stochastic"]
+
+# The reference implementation of BitNet clamps both kinds of scale here; it only acts on all-zero input.
+SCALE_FLOOR = 1e-5
+INT8_MAX = 127
+
+
+def storable_scale(mean_abs: Tensor) -> Tensor:
+    """Round a scale to the nearest number that float16 represents, keeping float32.
+
+    Args:
+        mean_abs: any shape, float32, the mean magnitude of a weight.
+
+    Returns:
+        Same shape, float32, at least ``SCALE_FLOOR`` as float16 rounds it.
+    """
+    return mean_abs.clamp(SCALE_FLOOR, torch.finfo(torch.float16).max).half().float()
+
+
+def _codes_from_ratio(ratio: Tensor, weight_bits: WeightBits, noise: Tensor | None) -> Tensor:
+    """Map ``W / mean|W|`` (float32) to codes, still as floats; `noise` is uniform in [0, 1)."""
+    if weight_bits == 1:
+        if noise is None:
+            return torch.where(ratio < 0, -1.0, 1.0)
+        return torch.where(noise < (ratio.clamp(-1, 1) + 1) / 2, 1.0, -1.0)
+    clipped = ratio.clamp(-1, 1)
+    # floor(x + u) rounds up with a probability equal to the fraction: unbiased inside [-1, 1].
+    return clipped.round() if noise is None else (clipped + noise).floor()
+
+
+def quantize_weight(
+    weight: Tensor,
+    weight_bits: WeightBits = 1.58,
+    mode: QuantizationMode = "deterministic",
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Derive the codes and the scale of one weight tensor.
+
+    Args:
+        weight: any shape, floating point.
+        weight_bits: 1.58 for {-1, 0, 1}, 1 for {-1, 1} (zero maps to +1).
+        mode: "deterministic" rounds to nearest, ties to even; "stochastic" rounds up with a
+            probability equal to the fraction, so the expected code is ``clip(W / scale, -1, 1)``.
+        generator: source of the random draws in stochastic mode; torch's default when None.
+
+    Returns:
+        ``codes`` int8 of the weight's shape, and ``scale`` float32 of shape ().
+
+    Example:
+        >>> codes, scale = quantize_weight(torch.tensor([[0.9, -0.1], [-0.5, 0.5]]))
+        >>> codes.tolist(), scale.item()
+        ([[1, 0], [-1, 1]], 0.5)
+    """
+    weight = weight.detach().float()
+    mean_abs = weight.abs().mean() if weight.numel() else weight.new_zeros(())
+    noise = None
+    if mode == "stochastic":
+        noise = torch.rand(weight.shape, generator=generator, device=weight.device)
+    codes = _codes_from_ratio(weight / mean_abs.clamp(min=SCALE_FLOOR), weight_bits, noise)
+    return codes.to(torch.int8), storable_scale(mean_abs)
+
+
+@torch.no_grad()
+def requantize_(
+    weights: Sequence[Tensor],
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    weight_bits: WeightBits = 1.58,
+    mode: QuantizationMode = "deterministic",
+) -> None:
+    """Refresh the codes and scales of many layers in place, in one multi-tensor pass.
+
+    Args:
+        weights: the latents, float, any shapes.
+        codes: int8 tensors of the same shapes, overwritten.
+        scales: float32 tensors of shape (), overwritten.
+        weight_bits, mode: as for :func:`quantize_weight`, the same for all.
+    """
+    if not weights:
+        return
+    latents = [w.detach().float() for w in weights]
+    # The L1 norm of every tensor in one call; the mean follows from the sizes.
+    sums = torch._foreach_norm(latents, 1)
+    mean_abs = torch.stack(sums) / torch.tensor(
+        [max(w.numel(), 1) for w in latents], dtype=torch.float32, device=latents[0].device
+    )
+    ratios = torch._foreach_div(latents, list(mean_abs.clamp(min=SCALE_FLOOR).unbind()))
+    if weight_bits == 1.58 and mode == "deterministic":
+        torch._foreach_clamp_min_(ratios, -1.0)
+        torch._foreach_clamp_max_(ratios, 1.0)
+        torch._foreach_round_(ratios)
+    else:
+        ratios = [
+            _codes_from_ratio(r, weight_bits, torch.rand_like(r) if mode == "stochastic" else None)
+            for r in ratios
+        ]
+    torch._foreach_copy_(list(codes), ratios)
+    torch._foreach_copy_(list(scales), list(storable_scale(mean_abs).unbind()))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row to int8 by its largest magnitude (BitNet's per-token absmax).
+
+    Args:
+        x: (rows, columns) floating point; computed in float32.
+
+    Returns:
+        int8 (rows, columns), and float32 (rows, 1) such that ``x ~ int8 * scale``.
+
+    Example:
+        >>> q, s = quantize_rows(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+        >>> q.tolist()
+        [[64, -127], [0, 0]]
+    """
+    x = x.float()
+    largest = x.abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_zeros(x.shape[0], 1)
+    largest = largest.clamp(min=SCALE_FLOOR)
+    quantized = (x * (INT8_MAX / largest)).round().to(torch.int8)
+    return quantized, largest / INT8_MAX

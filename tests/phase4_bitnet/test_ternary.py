@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import bitnet
+
+from phase4_bitnet.ternary import quantize_rows, quantize_weight, requantize_, storable_scale
+
+
+def random_weight(rows, columns, seed, spread=0.02):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**31), st.floats(1e-3, 10))
+@settings(max_examples=60, deadline=None)
+def test_ternary_codes_and_scale_follow_the_formula(rows, columns, seed, spread):
+    weight = random_weight(rows, columns, seed, spread)
+    codes, scale = quantize_weight(weight)
+    expected, mean = bitnet.ternary(weight.numpy())
+    # Elements within float32 rounding of a threshold may fall on either side.
+    ratio = np.abs(weight.numpy().astype(np.float64)) / mean
+    decided = np.abs(ratio - 0.5) > 1e-5
+    assert np.array_equal(codes.numpy()[decided], expected[decided])
+    assert codes.dtype == torch.int8
+    assert scale.item() == pytest.approx(mean, rel=2**-11)
+
+
+def test_binary_codes_have_no_zero_and_follow_the_sign():
+    weight = torch.tensor([[0.5, -0.25, 0.0, 2.0]])
+    codes, scale = quantize_weight(weight, weight_bits=1)
+    assert codes.tolist() == [[1, -1, 1, 1]]
+    assert scale.item() == pytest.approx(0.6875, rel=2**-11)
+
+
+def test_scale_survives_storage_in_float16():
+    for seed in range(20):
+        _, scale = quantize_weight(random_weight(16, 16, seed))
+        assert scale.half().float().item() == scale.item()
+
+
+def test_scale_stays_finite_and_positive_at_the_extremes():
+    assert storable_scale(torch.tensor(0.0)).item() > 0
+    assert torch.isfinite(storable_scale(torch.tensor(1e9)))
+
+
+def test_all_zero_weight_gives_zero_codes():
+    codes, scale = quantize_weight(torch.zeros(3, 4))
+    assert not codes.any()
+    assert torch.isfinite(scale)
+
+
+@pytest.mark.parametrize("value", [0.3, -0.7, 0.5, 0.0, 1.0, -1.0])
+def test_stochastic_rounding_is_unbiased(value):
+    draws = 100_000
+    # mean |W| is 1 by construction: half the elements carry the value, the rest the complement.
+    weight = torch.cat([torch.full((draws,), value), torch.full((draws,), 2 - abs(value))])
+    codes, _ = quantize_weight(weight, mode="stochastic", generator=torch.Generator().manual_seed(0))
+    mean = codes[:draws].double().mean().item()
+    # Four standard errors of a Bernoulli of variance at most 1/4.
+    assert abs(mean - value) <= 4 * 0.5 / draws**0.5
+
+
+def test_stochastic_binary_is_unbiased():
+    draws = 100_000
+    weight = torch.cat([torch.full((draws,), 0.4), torch.full((draws,), 1.6)])
+    codes, _ = quantize_weight(weight, 1, "stochastic", torch.Generator().manual_seed(1))
+    assert set(codes.unique().tolist()) == {-1, 1}
+    assert abs(codes[:draws].double().mean().item() - 0.4) <= 4 / draws**0.5
+
+
+@pytest.mark.parametrize("bits", [1.58, 1])
+def test_one_pass_over_many_layers_equals_one_by_one(bits):
+    weights = [random_weight(5, 7, 0), random_weight(9, 3, 1), torch.zeros(2, 2), random_weight(1, 1, 2)]
+    codes = [torch.zeros_like(w, dtype=torch.int8) for w in weights]
+    scales = [torch.zeros(()) for _ in weights]
+    requantize_(weights, codes, scales, bits)
+    for w, c, s in zip(weights, codes, scales, strict=True):
+        expected_codes, expected_scale = quantize_weight(w, bits)
+        assert torch.equal(c, expected_codes)
+        assert s.item() == pytest.approx(expected_scale.item(), rel=2**-10)
+
+
+@given(st.integers(1, 20), st.integers(1, 50), st.integers(0, 2**31), st.floats(1e-2, 1e3))
+@settings(max_examples=60, deadline=None)
+def test_rows_follow_the_formula(rows, columns, seed, spread):
+    x = random_weight(rows, columns, seed, spread)
+    q, scale = quantize_rows(x)
+    expected, expected_scale = bitnet.int8_rows(x.numpy())
+    exact = x.numpy().astype(np.float64) / expected_scale
+    decided = np.abs(np.abs(exact - np.floor(exact)) - 0.5) > 1e-4
+    assert np.array_equal(q.numpy()[decided], expected[decided])
+    np.testing.assert_allclose(scale.numpy(), expected_scale, rtol=1e-6)
+    assert q.abs().max() <= 127
+
+
+def test_rows_of_zero_columns_and_zero_rows():
+    assert quantize_rows(torch.zeros(3, 0))[0].shape == (3, 0)
+    assert quantize_rows(torch.zeros(0, 3))[0].shape == (0, 3)
