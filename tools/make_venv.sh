@@ -59,3 +59,10 @@ if [ "$made" = no ]; then
     rm -rf "$venv"
     fail "$python cannot make a virtual environment ($(tail -n 1 "$scratch/log")); $remedy"
 fi
+
+# Debian's pip looks for the system's certificates only. Where there are none, and pip has not been told
+# of others, it uses those it carries itself.
+pip="$venv/bin/python -m pip"
+if [ ! -e /etc/ssl/certs/ca-certificates.crt ] && ! $pip config get global.cert >/dev/null 2>&1; then
+    $pip config --quiet --site set global.cert "$(ls "$PWD/$venv"/lib/*/site-packages/pip/_vendor/certifi/cacert.pem)"
+fi
