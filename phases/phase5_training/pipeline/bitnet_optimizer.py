@@ -1,0 +1,292 @@
+"""The optimizer of a ternary model: any torch optimizer on the latents, then one re-quantization.
+
+Order within :meth:`BitNetOptimizer.step`: norm and finite check, clip, gradient filter, the wrapped
+optimizer, re-quantize. The next forward sees the codes of the weights as they are after the step.
+A step whose gradients are not finite changes nothing, the filter's average included.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from phase4_bitnet.convert import hidden_linears
+from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layers
+from phase5_training.errors import UsageError, nearest_match
+
+# The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
+BETAS = (0.9, 0.98)
+OPTIMIZERS: tuple[str, ...] = ("auto", "muon", "adamw", "sgd")
+
+
+class Filter(Protocol):
+    """A gradient filter; see :class:`phase5_training.pipeline.grokfast_trainer.GradientFilter`."""
+
+    def filter_(self, params: Sequence[nn.Parameter], state: Mapping[Any, Any], step: int) -> None:
+        """Change ``p.grad`` in place."""
+
+    def store_(self, state_of: Callable[[nn.Parameter], dict[str, Any]]) -> None:
+        """Hand new state to the optimizer, after its step."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Figures of one step, still on the device: reading one with ``float()`` waits for it.
+
+    Args:
+        grad_norm: () float32, before clipping.
+        nonfinite: () bool, True when the step was skipped.
+        slow_ratio: () float32, norm of the slow average over norm of the clipped gradient.
+        flip_share: () float32, share of codes that changed in this step.
+    """
+
+    grad_norm: Tensor
+    nonfinite: Tensor
+    slow_ratio: Tensor | None = None
+    flip_share: Tensor | None = None
+
+
+class BitNetOptimizer(Optimizer):
+    """Wraps one torch optimizer, or several that share the model, for training through ternary codes.
+
+    Takes over from the layers the task of deriving codes: once per step, all layers together. Call
+    :meth:`release` to give it back. A model without ternary layers trains as with the bare optimizer.
+
+    Args:
+        optimizer: an optimizer instance, or a list of them with disjoint parameters.
+        model: its ternary layers are re-quantized after each step.
+        gradient_filter: applied after clipping.
+        max_grad_norm: clip the global 2-norm of the gradient to this; None for no clipping.
+
+    Example:
+        >>> from phase4_bitnet.layers import BitLinear
+        >>> layer = BitLinear(8, 8)
+        >>> optimizer = BitNetOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), layer)
+        >>> layer(torch.randn(4, 8)).pow(2).sum().backward()
+        >>> optimizer.step()
+        >>> bool(optimizer.report.nonfinite)
+        False
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        model: nn.Module,
+        *,
+        gradient_filter: Filter | None = None,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise UsageError(
+                f"max_grad_norm={max_grad_norm} is not positive; use gradient_clipping=False for none"
+            )
+        self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        # The group dicts are shared with the wrapped optimizers, so a scheduler's rate reaches them.
+        super().__init__([g for o in self.optimizers for g in o.param_groups], {})
+        self.gradient_filter, self.max_grad_norm = gradient_filter, max_grad_norm
+        self.steps = 0
+        self.measure = False
+        self.report = StepReport(torch.zeros(()), torch.zeros((), dtype=torch.bool))
+        self._layers = [layer for _, layer in ternary_layers(model)]
+        # On the host the flag of a bad step is read for free; elsewhere reading it would wait.
+        self._undo_on_device = any(p.device.type != "cpu" for g in self.param_groups for p in g["params"])
+        self._take_over()
+
+    def _take_over(self) -> None:
+        for layer in self._layers:
+            layer.codes_are_current = True
+        self.requantize()
+
+    def release(self) -> None:
+        """Return the task of deriving codes to the layers."""
+        for layer in self._layers:
+            layer.codes_are_current = False
+
+    def requantize(self) -> None:
+        """Derive the codes of all layers from their latents, after the latents were changed by hand."""
+        requantize_layers(self._layers)
+
+    @property
+    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+        """Per-parameter state of the wrapped optimizers; each value is the very dict they use."""
+        return {p: own for o in self.optimizers for p, own in o.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Ignored: the base class assigns an empty one when it is made."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step on the gradients that the parameters hold.
+
+        Args:
+            closure: recomputes loss and gradients first, as in torch; optional.
+
+        Returns:
+            What the closure returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if not params:
+            return loss
+        grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        nonfinite = ~norm.isfinite()
+        ratio = None
+        if self._undo_on_device:
+            ratio = self._update_or_undo(params, grads, norm, nonfinite)
+        elif not nonfinite:
+            ratio = self._update(params, grads, norm)
+        self.steps += 1
+        self.report = StepReport(norm, nonfinite, ratio, self._requantize_measured())
+        return loss
+
+    def _update(self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor) -> Tensor | None:
+        """Clip, filter and move the latents; returns the slow ratio when measuring."""
+        if self.max_grad_norm is not None:
+            # torch.nn.utils.clip_grad_norm_'s formula, on the norm that is known already.
+            torch._foreach_mul_(grads, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        clipped = torch.nn.utils.get_total_norm(grads) if self.measure and self.gradient_filter else None
+        if self.gradient_filter is not None:
+            self.gradient_filter.filter_(params, self.state, self.steps)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.gradient_filter is None:
+            return None
+        home = {p: o.state for o in self.optimizers for g in o.param_groups for p in g["params"]}
+        self.gradient_filter.store_(lambda p: home[p][p])
+        if clipped is None:
+            return None
+        slow = [own["slow_gradient"] for own in self.state.values() if "slow_gradient" in own]
+        return torch.nn.utils.get_total_norm(slow) / clipped
+
+    def _update_or_undo(
+        self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor, nonfinite: Tensor
+    ) -> Tensor | None:
+        """As ``_update``, undone on the device where ``nonfinite`` is set: no wait for the flag.
+
+        Costs one copy of latents and state while the step runs.
+        """
+        old_params = [p.detach().clone() for p in params]
+        old_state = {
+            (p, key): value.clone()
+            for p, own in self.state.items()
+            for key, value in own.items()
+            if isinstance(value, Tensor) and value.device == norm.device
+        }
+        torch._foreach_copy_(grads, [torch.where(nonfinite, 0.0, g) for g in grads])
+        ratio = self._update(params, grads, torch.where(nonfinite, 1.0, norm))
+        for p, old in zip((p.detach() for p in params), old_params, strict=True):
+            p.copy_(torch.where(nonfinite, old, p))
+        for p, own in self.state.items():
+            for key, value in own.items():
+                if isinstance(value, Tensor) and value.device == norm.device:
+                    # State made in a step that did not count starts from zero.
+                    value.copy_(
+                        torch.where(nonfinite, old_state.get((p, key), torch.zeros_like(value)), value)
+                    )
+        return ratio
+
+    def _requantize_measured(self) -> Tensor | None:
+        if not (self.measure and self._layers):
+            self.requantize()
+            return None
+        before = [layer.codes.clone() for layer in self._layers]
+        self.requantize()
+        flips = [(old != layer.codes).sum() for old, layer in zip(before, self._layers, strict=True)]
+        return torch.stack(flips).sum() / sum(old.numel() for old in before)
+
+    def zero_share(self) -> Tensor | None:
+        """Share of zero codes over all ternary layers, () float32; None without any."""
+        if not self._layers:
+            return None
+        zeros = torch.stack([(layer.codes == 0).sum() for layer in self._layers]).sum()
+        return zeros / sum(layer.codes.numel() for layer in self._layers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the wrapped optimizers, filter averages included, and the step count."""
+        return {"optimizers": [o.state_dict() for o in self.optimizers], "steps": self.steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Restore :meth:`state_dict`. Load the model first: the codes are not derived again.
+
+        Raises:
+            ValueError: another number of optimizers, or groups of other sizes.
+        """
+        saved = state_dict["optimizers"]
+        if len(saved) != len(self.optimizers):
+            raise ValueError(
+                f"the checkpoint has {len(saved)} optimizers and this run {len(self.optimizers)}; "
+                "resume with the optimizer= that the run was started with"
+            )
+        for optimizer, own in zip(self.optimizers, saved, strict=True):
+            optimizer.load_state_dict(own)
+        self.steps = state_dict["steps"]
+        # Loading replaces the group dicts of the wrapped optimizers.
+        self.param_groups = [g for o in self.optimizers for g in o.param_groups]
+
+
+def build_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    extra: Iterable[nn.Parameter] = (),
+) -> list[Optimizer]:
+    """The torch optimizers for ``optimizer=name``, with the same rate and decay in each.
+
+    Matrices and embeddings decay; biases, gains and ``extra`` do not.
+
+    Args:
+        name: "muon" (and "auto") uses :class:`torch.optim.Muon` for hidden matrices and AdamW for the
+            rest, "adamw" and "sgd" (momentum 0.9) one optimizer for all.
+        model: parameters with ``requires_grad``.
+        learning_rate, weight_decay: for every group.
+        extra: parameters of the loss, not decayed.
+
+    Returns:
+        One or two optimizers with disjoint parameters.
+
+    Raises:
+        UsageError: an unknown name, or nothing to train.
+    """
+    if name not in OPTIMIZERS:
+        near = nearest_match(name, OPTIMIZERS)
+        raise UsageError(
+            f"optimizer={name!r} is not known; {f'did you mean {near!r}? ' if near else ''}"
+            f"use one of {', '.join(OPTIMIZERS)}, or an optimizer instance"
+        )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise UsageError("the model has no parameter with requires_grad=True; unfreeze some to train it")
+    muon: list[nn.Parameter] = []
+    if name in ("auto", "muon"):
+        modules = dict(model.named_modules())
+        hidden = {id(modules[n].weight) for n in hidden_linears(model)}
+        muon = [p for p in trained if id(p) in hidden and p.dim() == 2]
+    taken = {id(p) for p in muon}
+    rest = [p for p in trained if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [*(p for p in rest if p.dim() < 2), *extra], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    optimizers: list[Optimizer] = []
+    if muon:
+        optimizers.append(
+            torch.optim.Muon(
+                muon, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    if groups and name == "sgd":
+        optimizers.append(torch.optim.SGD(groups, lr=learning_rate, momentum=0.9))
+    elif groups:
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True))
+    return optimizers

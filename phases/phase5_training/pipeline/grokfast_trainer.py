@@ -1,0 +1,239 @@
+"""Gradient filters that amplify the slow part of the gradient (Grokfast), and a trainer to use by hand.
+
+Lee et al. 2024 (arXiv:2405.20233). With g the gradient, mu its slow average and l the gain:
+
+============  =====================================  ===========================================
+``filter``    mu                                     gradient handed to the optimizer
+============  =====================================  ===========================================
+"ema"         alpha mu + (1 - alpha) g, from mu = g  g + l mu         (Grokfast-EMA, algorithm 1)
+"ma"          mean of the last ``window`` gradients  g + l mu         (Grokfast-MA, once full)
+"high_pass"   as "ema"                               g + l (g - mu)   (amplifies the fast part)
+============  =====================================  ===========================================
+
+The user's gain is constant; a warm-up and a factor per phase may shape it. The average lives in
+``optimizer.state[p]["slow_gradient"]``, so whatever carries optimizer state carries it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phase5_training.errors import UsageError, nearest_match
+from phase5_training.phases import Phase, Schedule
+
+FILTERS: tuple[str, ...] = ("ema", "ma", "high_pass")
+SLOW = "slow_gradient"
+WINDOW = "gradient_window"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrokfastConfig:
+    """How the gradient is filtered.
+
+    Args:
+        alpha: decay of the slow average per optimizer step, in [0, 1).
+        lambda_reg: the gain l, 0 or more; 0 leaves the gradient as it is.
+        filter: "ema", "ma" or "high_pass".
+        window: length of the moving average in optimizer steps, for "ma". It keeps that many
+            copies of the gradient.
+        unit_gain: divide by (1 + l), so that a constant gradient passes unchanged.
+        gain_warmup_steps: raise l linearly from 0 over this many optimizer steps.
+        phase_gains: factor on l by phase; phases that are not named have 1.
+    """
+
+    alpha: float = 0.98
+    lambda_reg: float = 2.0
+    filter: str = "ema"
+    window: int = 100
+    unit_gain: bool = False
+    gain_warmup_steps: int = 0
+    phase_gains: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < 1:
+            raise UsageError(f"grokfast_alpha={self.alpha} is not in [0, 1); the paper uses 0.98")
+        if not self.lambda_reg >= 0:
+            raise UsageError(
+                f"grokfast_lambda={self.lambda_reg} is negative; use 0 for no filter, 2.0 as the paper"
+            )
+        if self.filter not in FILTERS:
+            near = nearest_match(self.filter, FILTERS)
+            raise UsageError(
+                f"filter={self.filter!r} is not known; {f'did you mean {near!r}? ' if near else ''}"
+                f"use one of {', '.join(FILTERS)}"
+            )
+        if self.window < 1 or self.gain_warmup_steps < 0:
+            raise UsageError(
+                f"window={self.window} must be at least 1 and gain_warmup_steps={self.gain_warmup_steps} at least 0"
+            )
+        for name in self.phase_gains:
+            if name not in set(Phase):
+                raise UsageError(f"phase_gains has {name!r}; the phases are {', '.join(Phase)}")
+
+    def gain(self, step: int, phase: Phase | None = None) -> float:
+        """l at optimizer step ``step``, counted from 0."""
+        ramp = min(1.0, (step + 1) / self.gain_warmup_steps) if self.gain_warmup_steps else 1.0
+        return self.lambda_reg * ramp * (self.phase_gains.get(phase, 1.0) if phase else 1.0)
+
+
+def filter_ema_(grads: Sequence[Tensor], slow: Sequence[Tensor], alpha: float, gain: float) -> None:
+    """Update the slow averages and add ``gain`` times them to the gradients, in place.
+
+    Args:
+        grads: gradients, any shapes, overwritten.
+        slow: averages of the same shapes, overwritten.
+        alpha: decay. gain: l.
+    """
+    torch._foreach_lerp_(slow, grads, 1 - alpha)
+    torch._foreach_add_(grads, slow, alpha=gain)
+
+
+def filter_high_pass_(grads: Sequence[Tensor], slow: Sequence[Tensor], alpha: float, gain: float) -> None:
+    """Update the slow averages and add ``gain`` times (gradient - average), in place."""
+    torch._foreach_lerp_(slow, grads, 1 - alpha)
+    torch._foreach_mul_(grads, 1 + gain)
+    torch._foreach_add_(grads, slow, alpha=-gain)
+
+
+class GradientFilter:
+    """Applies a filter to the gradients of a list of parameters; the state stays with the optimizer.
+
+    Args:
+        config: the filter and its figures.
+        schedule: names the phase of a step, when ``phase_gains`` are used.
+    """
+
+    def __init__(self, config: GrokfastConfig, schedule: Schedule | None = None) -> None:
+        self.config, self.schedule = config, schedule
+        self._new: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
+
+    def gain(self, step: int) -> float:
+        """l at optimizer step ``step``, counted from 0."""
+        return self.config.gain(step, self.schedule.phase(step) if self.schedule else None)
+
+    @torch.no_grad()
+    def filter_(self, params: Sequence[nn.Parameter], state: Mapping[Any, Any], step: int) -> None:
+        """Filter ``p.grad`` of each parameter in place.
+
+        Args:
+            params: those with a gradient; all others keep their average.
+            state: ``optimizer.state``; averages that exist are updated there.
+            step: the optimizer step, counted from 0.
+        """
+        # torch's optimizers take a parameter with any state for one they have seen, so the first
+        # averages wait until the optimizer has made its own state (store_).
+        self._new = []
+        averages: list[dict[str, Tensor]] = []
+        for p in params:
+            own = state.get(p, {})
+            if SLOW not in own:
+                assert p.grad is not None
+                own = self._first_state(p.grad)
+                self._new.append((p, own))
+            averages.append(own)
+        grads = [p.grad for p in params if p.grad is not None]
+        gain, alpha = self.gain(step), self.config.alpha
+        if not grads:
+            return
+        if self.config.filter == "ma":
+            self._filter_ma_(grads, averages, step, gain)
+        elif self.config.filter == "high_pass":
+            filter_high_pass_(grads, [a[SLOW] for a in averages], alpha, gain)
+        else:
+            filter_ema_(grads, [a[SLOW] for a in averages], alpha, gain)
+        if self.config.unit_gain:
+            torch._foreach_div_(grads, 1 + gain)
+
+    def store_(self, state_of: Callable[[nn.Parameter], dict[str, Any]]) -> None:
+        """Hand averages that were made in this step to the optimizer's state, after its step.
+
+        Args:
+            state_of: gives the optimizer's own state dict of a parameter.
+        """
+        for p, own in self._new:
+            state_of(p).update(own)
+        self._new = []
+
+    def _first_state(self, grad: Tensor) -> dict[str, Tensor]:
+        if self.config.filter == "ma":
+            ring = grad.new_zeros((self.config.window, *grad.shape))
+            return {SLOW: torch.zeros_like(grad), WINDOW: ring}
+        return {SLOW: grad.clone()}
+
+    def _filter_ma_(
+        self, grads: Sequence[Tensor], averages: Sequence[dict[str, Tensor]], step: int, gain: float
+    ) -> None:
+        window = self.config.window
+        for grad, own in zip(grads, averages, strict=True):
+            own[WINDOW][step % window] = grad
+            if step + 1 >= window:
+                own[SLOW].copy_(own[WINDOW].mean(0))
+                grad.add_(own[SLOW], alpha=gain)
+
+
+class GrokfastTrainer:
+    """Filtered training steps by hand, for a loop of one's own.
+
+    Args:
+        model: called as ``model(batch["input"])``.
+        optimizer: any torch optimizer, or a :class:`BitNetOptimizer`.
+        config: the filter.
+        schedule: the phases, for the figures that ``train_step`` reports and for ``phase_gains``.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> trainer = GrokfastTrainer(model, torch.optim.SGD(model.parameters(), 0.1), GrokfastConfig())
+        >>> batch = {"input": torch.ones(4, 2), "target": torch.ones(4, 1)}
+        >>> sorted(trainer.train_step(batch, nn.functional.mse_loss))
+        ['loss', 'multiplier', 'phase']
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, config: GrokfastConfig, schedule: Schedule | None = None
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.filter = GradientFilter(config, schedule)
+        self.step_count = 0
+        # An optimizer with a place for a filter runs it between its own clipping and update.
+        self._hosted = hasattr(optimizer, "gradient_filter")
+        if self._hosted:
+            optimizer.gradient_filter = self.filter
+
+    def get_current_phase(self) -> Phase:
+        """The phase of the next step; refinement when there is no schedule."""
+        return self.schedule.phase(self.step_count) if self.schedule else Phase.REFINEMENT
+
+    def get_phase_multiplier(self) -> float:
+        """The phase's factor on the learning rate; 1 when there is no schedule."""
+        return self.schedule.multiplier(self.step_count) if self.schedule else 1.0
+
+    def train_step(
+        self, batch: Mapping[str, Any], loss_fn: Callable[[Any, Any], Tensor]
+    ) -> dict[str, float | str]:
+        """One step on one batch.
+
+        Args:
+            batch: "input" for the model, "target" for the loss.
+            loss_fn: ``loss_fn(outputs, targets)`` -> () tensor.
+
+        Returns:
+            "loss" before the step, and "phase" and "multiplier" of the step.
+        """
+        report: dict[str, float | str] = {
+            "phase": self.get_current_phase().value,
+            "multiplier": self.get_phase_multiplier(),
+        }
+        self.optimizer.zero_grad()
+        loss = loss_fn(self.model(batch["input"]), batch["target"])
+        loss.backward()
+        if not self._hosted:
+            params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+            self.filter.filter_(params, self.optimizer.state, self.step_count)
+        self.optimizer.step()
+        if not self._hosted:
+            self.filter.store_(self.optimizer.state.__getitem__)
+        self.step_count += 1
+        return {"loss": loss.item(), **report}

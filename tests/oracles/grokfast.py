@@ -1,0 +1,51 @@
+"""The gradient filters of Lee et al. 2024 (arXiv:2405.20233) as plain loops over float64 arrays."""
+
+from collections import deque
+
+import numpy as np
+
+
+def ema(gradients, alpha, lamb):
+    """Algorithm of Grokfast-EMA: the average starts as the first gradient and is updated before use."""
+    average = None
+    for g in gradients:
+        g = np.asarray(g, dtype=np.float64)
+        average = g.copy() if average is None else average
+        average = average * alpha + g * (1 - alpha)
+        yield g + lamb * average
+
+
+def high_pass(gradients, alpha, lamb):
+    average = None
+    for g in gradients:
+        g = np.asarray(g, dtype=np.float64)
+        average = g.copy() if average is None else average
+        average = average * alpha + g * (1 - alpha)
+        yield g + lamb * (g - average)
+
+
+def ma(gradients, window, lamb):
+    """Grokfast-MA: nothing is added before the window is full."""
+    queue = deque(maxlen=window)
+    for g in gradients:
+        g = np.asarray(g, dtype=np.float64)
+        queue.append(g)
+        yield g + (lamb * sum(queue) / window if len(queue) == window else 0.0)
+
+
+def adamw(gradients, weight, lr, betas, eps, weight_decay):
+    """Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2; yields the weight after each step."""
+    w = np.asarray(weight, dtype=np.float64).copy()
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t, g in enumerate(gradients, 1):
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        w = w - lr * weight_decay * w
+        w = w - lr * (m / (1 - betas[0] ** t)) / (np.sqrt(v / (1 - betas[1] ** t)) + eps)
+        yield w.copy()
+
+
+def clip(gradients, max_norm):
+    total = np.sqrt(sum(float(np.sum(np.asarray(g, dtype=np.float64) ** 2)) for g in gradients))
+    factor = min(1.0, max_norm / (total + 1e-6))
+    return [np.asarray(g, dtype=np.float64) * factor for g in gradients], total

@@ -1,0 +1,218 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from oracles import bitnet, grokfast
+from torch import nn
+
+from phase4_bitnet.layers import BitLinear
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
+from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
+
+
+def model_of(seed=0, **options):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(6, 8), BitLinear(8, 8, **options), nn.ReLU(), BitLinear(8, 8, **options), nn.Linear(8, 3)
+    )
+
+
+def sgd(model, lr=0.1):
+    return torch.optim.SGD(model.parameters(), lr)
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 6, generator=g), torch.randint(0, 3, (16,), generator=g)
+
+
+def backward(model, seed=0):
+    x, y = batch(seed)
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+
+
+def test_codes_are_those_of_the_weights_after_the_step():
+    model = model_of()
+    optimizer = BitNetOptimizer(sgd(model, 5.0), model)
+    before = model[1].codes.clone()
+    backward(model)
+    optimizer.step()
+    codes, _ = bitnet.ternary(model[1].weight.detach().numpy())
+    assert np.array_equal(model[1].codes.numpy(), codes)
+    assert not torch.equal(before, model[1].codes)
+
+
+def test_codes_are_derived_once_a_step(monkeypatch):
+    from phase4_bitnet import layers
+
+    model = model_of()
+    optimizer = BitNetOptimizer(sgd(model), model)
+    calls = []
+    real = layers.requantize_
+    monkeypatch.setattr(layers, "requantize_", lambda w, *a: (calls.append(len(w)), real(w, *a)))
+    monkeypatch.setattr(layers, "quantize_weight", lambda *a: pytest.fail("quantized in a forward"))
+    for micro_batch in range(3):
+        x, y = batch(micro_batch)
+        nn.functional.cross_entropy(model(x), y).backward()
+    with torch.no_grad():
+        model.eval()(x)
+    optimizer.step()
+    assert calls == [2]
+
+
+def test_k_steps_of_sgd_equal_a_plain_float64_reimplementation():
+    torch.manual_seed(3)
+    layer = BitLinear(12, 7, bias=False)
+    optimizer = BitNetOptimizer(sgd(layer, 0.5), layer)
+    weight = layer.weight.detach().double().numpy().copy()
+    for step in range(10):
+        x = torch.randn(9, 12, generator=torch.Generator().manual_seed(step))
+        target = torch.randn(9, 7, generator=torch.Generator().manual_seed(100 + step))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(layer(x), target).backward()
+        optimizer.step()
+        out, _, x_hat, w_hat = bitnet.linear_forward(x.numpy(), weight)
+        grad = 2 * (out - target.double().numpy()) / out.size
+        weight -= 0.5 * bitnet.linear_backward(grad, x_hat, w_hat)[1]
+    np.testing.assert_allclose(layer.weight.detach().numpy(), weight, atol=1e-5)
+    assert np.array_equal(layer.codes.numpy(), bitnet.ternary(weight)[0])
+
+
+def test_order_is_clip_then_filter_then_adamw():
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 4, bias=False)
+    weight = layer.weight.detach().double().numpy().copy()
+    inner = torch.optim.AdamW(layer.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.1)
+    optimizer = BitNetOptimizer(
+        inner, layer, gradient_filter=GradientFilter(GrokfastConfig(alpha=0.9)), max_grad_norm=0.5
+    )
+    series = (
+        np.random.default_rng(0).normal(size=(8, 4, 5))
+        * np.array([0.01, 1, 5, 1, 0.01, 3, 1, 1])[:, None, None]
+    )
+    clipped = [grokfast.clip([g], 0.5)[0][0] for g in series]
+    expected = list(grokfast.adamw(grokfast.ema(clipped, 0.9, 2.0), weight, 0.01, (0.9, 0.98), 1e-8, 0.1))
+    for g, after in zip(series, expected, strict=True):
+        layer.weight.grad = torch.tensor(g, dtype=torch.float32)
+        optimizer.step()
+        assert optimizer.report.grad_norm.item() == pytest.approx(np.linalg.norm(g), rel=1e-5)
+        np.testing.assert_allclose(layer.weight.detach().numpy(), after, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["read flag", "undo on device"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("first", [False, True], ids=["later", "first step"])
+def test_a_nonfinite_step_changes_nothing(guarded, bad, first):
+    model = model_of()
+    optimizer = BitNetOptimizer(
+        build_optimizer("muon", model, learning_rate=0.01, weight_decay=0.1),
+        model,
+        gradient_filter=GradientFilter(GrokfastConfig()),
+        max_grad_norm=1.0,
+    )
+    # The path for devices whose flag is not read, forced here on the CPU.
+    optimizer._undo_on_device = guarded
+    if not first:
+        backward(model)
+        optimizer.step()
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    backward(model, 1)
+    model[1].weight.grad[0, 0] = bad
+    optimizer.step()
+    assert bool(optimizer.report.nonfinite)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    for old, new in zip(state["optimizers"], optimizer.state_dict()["optimizers"], strict=True):
+        for index, own in new["state"].items():
+            for key, value in own.items():
+                before = old["state"].get(index, {}).get(key, torch.zeros_like(value))
+                assert torch.equal(value, before), key
+
+
+@pytest.mark.parametrize("name", ["auto", "muon", "adamw", "sgd"])
+def test_resume_is_bit_identical_for_each_optimizer(name):
+    def make():
+        model = model_of()
+        inner = build_optimizer(name, model, learning_rate=0.01, weight_decay=0.1)
+        return model, BitNetOptimizer(
+            inner, model, gradient_filter=GradientFilter(GrokfastConfig()), max_grad_norm=1.0
+        )
+
+    model, optimizer = make()
+    for step in range(3):
+        backward(model, step)
+        optimizer.step()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for step in range(3, 6):
+        backward(model, step)
+        optimizer.step()
+    resumed, other = make()
+    resumed.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    for step in range(3, 6):
+        backward(resumed, step)
+        other.step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_muon_takes_hidden_matrices_and_adamw_the_rest():
+    model = model_of()
+    muon, adamw = build_optimizer("auto", model, learning_rate=0.02, weight_decay=0.1)
+    assert isinstance(muon, torch.optim.Muon)
+    assert [p.shape for p in muon.param_groups[0]["params"]] == [(8, 8), (8, 8)]
+    decayed, plain = adamw.param_groups
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in plain["params"]} == {1}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    total = sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups)
+    assert total == len(list(model.parameters()))
+
+
+def test_scheduler_of_torch_reaches_the_wrapped_optimizers():
+    model = model_of()
+    inner = build_optimizer("muon", model, learning_rate=1.0, weight_decay=0.0)
+    optimizer = BitNetOptimizer(inner, model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    backward(model)
+    optimizer.step()
+    schedule.step()
+    assert {g["lr"] for o in inner for g in o.param_groups} == {0.5}
+
+
+def test_measured_steps_report_flips_and_the_slow_ratio():
+    model = model_of()
+    optimizer = BitNetOptimizer(sgd(model, 5.0), model, gradient_filter=GradientFilter(GrokfastConfig()))
+    optimizer.measure = True
+    before = [model[i].codes.clone() for i in (1, 3)]
+    backward(model)
+    optimizer.step()
+    flips = sum((old != model[i].codes).sum().item() for old, i in zip(before, (1, 3), strict=True)) / 128
+    assert optimizer.report.flip_share.item() == pytest.approx(flips)
+    # The first average is the first gradient.
+    assert optimizer.report.slow_ratio.item() == pytest.approx(1.0, rel=1e-5)
+    zeros = sum((model[i].codes == 0).sum().item() for i in (1, 3)) / 128
+    assert optimizer.zero_share().item() == pytest.approx(zeros)
+
+
+def test_release_returns_the_layers_to_following_their_latent():
+    model = model_of()
+    optimizer = BitNetOptimizer(sgd(model), model)
+    optimizer.release()
+    x, _ = batch()
+    before = model(x)
+    with torch.no_grad():
+        model[1].weight.normal_()
+    assert not torch.allclose(before, model(x))
+
+
+def test_unknown_names_and_frozen_models_are_refused():
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
+        build_optimizer("adam", model_of(), learning_rate=0.1, weight_decay=0.0)
+    with pytest.raises(ValueError, match="unfreeze"):
+        build_optimizer("adamw", model_of().requires_grad_(False), learning_rate=0.1, weight_decay=0.0)
+    with pytest.raises(ValueError, match="gradient_clipping=False"):
+        BitNetOptimizer(sgd(model_of()), model_of(), max_grad_norm=0)
