@@ -1,0 +1,52 @@
+"""What a model returned and what it is compared with: the conventions every part shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100  # a target that does not count: padding, or no label
+
+
+def unwrap_outputs(outputs: Any) -> Any:
+    """The tensor a model returned, out of whatever it was wrapped in.
+
+    In this order: a tensor is itself; an object with ``.logits`` (Hugging Face) or a mapping with a
+    "logits" key gives those; a mapping of one entry gives that entry; a tuple or list gives its
+    first element. A mapping of several entries is returned as it is: those are the outputs of a
+    multi-task model.
+
+    Example:
+        >>> unwrap_outputs({"logits": torch.zeros(2, 3), "hidden": None}).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(outputs, Mapping):
+        return next(iter(outputs.values())) if len(outputs) == 1 else outputs
+    if isinstance(outputs, (tuple, list)) and outputs:
+        return outputs[0]
+    return outputs
+
+
+def count_units(targets: Any) -> int | Tensor:
+    """Over how many units a mean over these targets is, without waiting for the device.
+
+    Samples (an int) for float targets and for a dict of tasks; for integers the targets other than
+    -100, as a 0-dim tensor on their device.
+
+    Example:
+        >>> int(count_units(torch.tensor([[5, 7, -100]])))
+        2
+    """
+    if isinstance(targets, Mapping):
+        return next(iter(targets.values())).shape[0]
+    if targets.is_floating_point():
+        return targets.shape[0]
+    return (targets != IGNORE_INDEX).sum()
