@@ -1,0 +1,286 @@
+"""Checkpoints: tensors in safetensors, the rest in JSON, nothing that can run code.
+
+    checkpoints/step-00001000/
+        tensors.safetensors     every tensor of the state, flat
+        state.json              the state's structure, with references to the tensors
+        manifest.json           format version, step, size and SHA-256 of the two files; written last
+
+A checkpoint appears by one rename of a finished, synced folder, so a folder with that name is whole
+unless the disk failed it; the hashes tell. Temporary folders of a killed save are swept by the next.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from phase5_training.errors import ForgeError
+
+FORMAT = 1
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_PREFIX, _TEMPORARY = "step-", ".saving-"
+# The keys that mark what JSON has no word for.
+_TENSOR, _ARRAY, _TUPLE, _ITEMS = "__tensor__", "__array__", "__tuple__", "__items__"
+
+
+class CheckpointError(ForgeError, ValueError):
+    """A checkpoint that is incomplete, damaged or of another format."""
+
+
+def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], *, step: int) -> Path:
+    """Write a state to a new folder, whole or not at all, and make it durable.
+
+    Args:
+        folder: where the checkpoint will be; replaced when it exists.
+        state: nested dicts, lists and tuples of tensors, arrays, numbers, strings, booleans, None.
+        step: recorded in the manifest.
+
+    Returns:
+        ``folder``.
+
+    Raises:
+        TypeError: the state holds something else; nothing is written.
+        OSError: the disk is full or not writable; what was there before stays.
+    """
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_encode(state, tensors, {}, "state"), allow_nan=True).encode()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
+    temporary = folder.parent / f"{_TEMPORARY}{folder.name}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        save_file(tensors, temporary / TENSORS)
+        _sync(temporary / TENSORS)
+        _write(temporary / STATE, tree)
+        files = {
+            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+            for name in (TENSORS, STATE)
+        }
+        manifest = {"format": FORMAT, "step": step, "files": files}
+        _write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
+        _sync(temporary)
+        if folder.exists():
+            # A rename cannot replace a folder that is not empty; the old one steps aside first.
+            aside = folder.parent / f"{_TEMPORARY}old-{folder.name}-{os.getpid()}"
+            os.rename(folder, aside)
+            os.rename(temporary, folder)
+            shutil.rmtree(aside)
+        else:
+            os.rename(temporary, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read and verify a checkpoint.
+
+    Args:
+        folder: as written by :func:`save_checkpoint`.
+
+    Returns:
+        The state, tensors on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing, has another hash, or cannot be read.
+    """
+    folder = Path(folder)
+    verify(folder)
+    try:
+        tensors = load_file(folder / TENSORS)
+        state = _decode(json.loads((folder / STATE).read_bytes()), tensors)
+    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"{folder} cannot be read ({error}); use another checkpoint") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{folder}/{STATE} holds no mapping; use another checkpoint")
+    return state
+
+
+def verify(folder: Path) -> int:
+    """Check a checkpoint against its manifest; returns its step.
+
+    Raises:
+        CheckpointError: what is wrong, and what to do.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT}; "
+                "resume with the version that wrote it"
+            )
+        for name in (TENSORS, STATE):
+            wanted = manifest["files"][name]
+            if (folder / name).stat().st_size != wanted["bytes"] or _sha256(folder / name) != wanted[
+                "sha256"
+            ]:
+                raise CheckpointError(f"{folder}/{name} does not match its hash; use another checkpoint")
+        return int(manifest["step"])
+    except FileNotFoundError as error:
+        missing = error.filename or MANIFEST
+        raise CheckpointError(f"{missing} is missing: no whole checkpoint there; use another one") from error
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder} has no readable manifest ({error}); use another checkpoint"
+        ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointStore:
+    """The checkpoints of one run, oldest pruned.
+
+    Args:
+        folder: holds one folder per checkpoint.
+        keep: how many to keep, at least 2, so that a damaged newest one has a predecessor.
+    """
+
+    folder: Path
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.keep < 2:
+            raise CheckpointError(f"keep_checkpoints={self.keep} is too few; keep at least 2")
+
+    def path(self, step: int) -> Path:
+        """The folder of the checkpoint of ``step``."""
+        return self.folder / f"{_PREFIX}{step:08d}"
+
+    def paths(self) -> list[Path]:
+        """The checkpoints that exist, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        found = [p for p in self.folder.iterdir() if p.name.startswith(_PREFIX) and p.name[5:].isdigit()]
+        return sorted(found, key=lambda p: int(p.name[5:]))
+
+    def save(self, state: Mapping[str, Any], step: int) -> Path:
+        """Write the checkpoint of ``step``, read it back, then prune."""
+        path = save_checkpoint(self.path(step), state, step=step)
+        verify(path)
+        for old in self.paths()[: -self.keep]:
+            shutil.rmtree(old)
+        return path
+
+    def load_newest(
+        self, refused: Callable[[str], None] = lambda message: None
+    ) -> tuple[Path, dict[str, Any]]:
+        """The newest checkpoint that verifies.
+
+        Args:
+            refused: told why each newer one was not taken.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for path in reversed(self.paths()):
+            try:
+                return path, load_checkpoint(path)
+            except CheckpointError as error:
+                refused(str(error))
+        raise CheckpointError(f"{self.folder} holds no checkpoint that can be read; start the run again")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed saves left behind."""
+    for entry in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(entry, ignore_errors=True)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that training may draw from."""
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),  # noqa: NPY002 - user code may draw from the global generator
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore :func:`random_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, str], path: str) -> Any:
+    """The value as JSON, with its tensors moved to ``tensors``; one that occurs twice is stored once."""
+    if value is None or isinstance(value, (bool, str, int, float)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return {_ARRAY: _encode(torch.from_numpy(np.ascontiguousarray(value)), tensors, seen, path)[_TENSOR]}
+    if isinstance(value, Tensor):
+        key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else path
+        if key not in seen:
+            seen[key] = path
+            # A copy of its own: safetensors refuses tensors that share memory.
+            tensors[path] = value.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: seen[key]}
+    if isinstance(value, Mapping):
+        if all(isinstance(k, str) and not k.startswith("__") for k in value):
+            return {k: _encode(v, tensors, seen, f"{path}.{k}") for k, v in value.items()}
+        return {_ITEMS: [[k, _encode(v, tensors, seen, f"{path}.{k}")] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_encode(v, tensors, seen, f"{path}.{i}") for i, v in enumerate(value)]
+        return items if isinstance(value, list) else {_TUPLE: items}
+    raise TypeError(
+        f"{path} is a {type(value).__name__}; a checkpoint holds tensors, arrays, numbers, strings, "
+        "lists and dicts: return one of these from state_dict()"
+    )
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decode(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _ARRAY in value:
+        return tensors[value[_ARRAY]].numpy()
+    if _TUPLE in value:
+        return tuple(_decode(v, tensors) for v in value[_TUPLE])
+    if _ITEMS in value:
+        return {k: _decode(v, tensors) for k, v in value[_ITEMS]}
+    return {k: _decode(v, tensors) for k, v in value.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,136 @@
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from phase5_training.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+
+
+def example_state():
+    shared = torch.randn(3)
+    return {
+        "model": {"a.weight": torch.randn(2, 3).to(torch.bfloat16), "b": shared, "tied": shared},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+            "groups": [{"lr": 1e-3, "betas": (0.9, 0.98)}],
+        },
+        "empty": torch.zeros(0, 4),
+        "codes": torch.tensor([[1, -1]], dtype=torch.int8),
+        "array": np.arange(3, dtype=np.uint32),
+        "figures": [1, 2.5, None, True, "text", float("inf")],
+        "__odd__": {"__tuple__": 1},
+    }
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    elif isinstance(a, np.ndarray):
+        assert a.dtype == b.dtype
+        assert np.array_equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_round_trip_keeps_structure_types_and_bits(tmp_path):
+    state = example_state()
+    folder = save_checkpoint(tmp_path / "c", state, step=3)
+    assert_same(state, load_checkpoint(folder))
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "state.json", "tensors.safetensors"]
+
+
+def test_random_generators_continue_where_they_were(tmp_path):
+    folder = save_checkpoint(tmp_path / "c", random_state(), step=0)
+    expected = (random.random(), np.random.rand(), torch.rand(3))  # noqa: NPY002
+    set_random_state(load_checkpoint(folder))
+    found = (random.random(), np.random.rand(), torch.rand(3))  # noqa: NPY002
+    assert found[:2] == expected[:2]
+    assert torch.equal(found[2], expected[2])
+
+
+def test_unsavable_state_names_its_place_and_writes_nothing(tmp_path):
+    with pytest.raises(TypeError, match=r"state\.loss\.0 is a function"):
+        save_checkpoint(tmp_path / "c", {"loss": [lambda: 0]}, step=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_damage_is_found(tmp_path, name, damage):
+    folder = save_checkpoint(tmp_path / "c", example_state(), step=0)
+    content = bytearray((folder / name).read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    if damage == "remove":
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match=f"{name}.* (hash|missing)"):
+        load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"format": 1, "files": 3}'])
+def test_unreadable_manifest_is_refused(tmp_path, content):
+    folder = save_checkpoint(tmp_path / "c", {"a": 1}, step=0)
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="manifest"):
+        load_checkpoint(folder)
+
+
+def test_another_format_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path / "c", {"a": 1}, step=0)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_checkpoint(folder)
+
+
+def test_store_prunes_and_falls_back_to_the_newest_that_verifies(tmp_path):
+    store = CheckpointStore(folder=tmp_path / "checkpoints", keep=2)
+    for step in (10, 20, 100):
+        store.save({"step": step}, step)
+    assert [p.name for p in store.paths()] == ["step-00000020", "step-00000100"]
+    (store.path(100) / "state.json").write_bytes(b"{}")
+    refused = []
+    path, state = store.load_newest(refused.append)
+    assert (path.name, state) == ("step-00000020", {"step": 20})
+    assert "step-00000100/state.json" in refused[0]
+
+
+def test_a_killed_save_leaves_no_checkpoint_and_is_swept(tmp_path, monkeypatch):
+    import phase5_training.checkpoint as module
+
+    store = CheckpointStore(folder=tmp_path)
+    (tmp_path / ".saving-step-00000005-1").mkdir()
+    monkeypatch.setattr(module, "_sha256", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        store.save({"a": 1}, 7)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        store.load_newest()
+
+
+def test_saving_the_same_step_again_replaces_it(tmp_path):
+    store = CheckpointStore(folder=tmp_path)
+    store.save({"a": 1}, 7)
+    store.save({"a": 2}, 7)
+    assert store.load_newest()[1] == {"a": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
