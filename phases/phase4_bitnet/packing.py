@@ -6,10 +6,11 @@ Two encodings, both exact and both row by row (the last dimension is a row):
     "base3"  byte = sum over i < 5 of (code_i + 1) * 3**i      1.6 bits a weight
 
 Code + 1 lies in {0, 1, 2}, so a field is never negative and the offset is the one that Hugging Face's BitNet
-and GGUF's TQ2_0 and TQ1_0 use: an exporter only has to reorder. The first code sits in the lowest digit ("little
-end first"): in "2bit" the codes of byte `b` are `b >> 0, 2, 4, 6` in reading order, on every machine, because
-a byte has no endianness. A row that does not fill its last byte is padded with code 0, which adds nothing
-to a dot product, so a kernel may read whole bytes. One-bit weights {-1, 1} use the same encodings.
+and GGUF's TQ2_0 and TQ1_0 use: an exporter only has to reorder. The first code sits in the lowest digit
+("little end first"): in "2bit" the codes of byte `b` are `b >> 0, 2, 4, 6` in reading order, on every
+machine, because a byte has no endianness. A row that does not fill its last byte is padded with code 0,
+which adds nothing to a dot product, so a kernel may read whole bytes. One-bit weights {-1, 1} use the same
+encodings.
 
 Source: Ma et al. 2024, "The Era of 1-bit LLMs" (arXiv:2402.17764) for the three levels.
 """
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -94,7 +95,8 @@ def pack_codes(codes: Tensor, encoding: str = "2bit") -> Tensor:
         )
     if codes.numel() and (int(codes.min()) < -1 or int(codes.max()) > 1):
         raise ValueError(
-            f"codes range from {int(codes.min())} to {int(codes.max())}, wanted -1, 0 or 1; ternarize the weight first"
+            f"codes range from {int(codes.min())} to {int(codes.max())}, wanted -1, 0 or 1; "
+            "ternarize the weight first"
         )
     rows = codes.reshape(tuple(codes.shape) or (1,))
     out_shape = packed_shape(rows.shape, encoding)
@@ -131,8 +133,8 @@ def unpack_codes(packed: Tensor, shape: Sequence[int], encoding: str = "2bit") -
         raise TypeError(f"packed codes are {packed.dtype}, wanted torch.uint8; pass what pack_codes returned")
     if tuple(packed.shape) != wanted:
         raise ValueError(
-            f"packed codes have shape {tuple(packed.shape)}, wanted {wanted} for {encoding} codes of shape {shape}; "
-            "pass the shape and encoding they were packed with"
+            f"packed codes have shape {tuple(packed.shape)}, wanted {wanted} for {encoding} codes of "
+            f"shape {shape}; pass the shape and encoding they were packed with"
         )
     table = _table(encoding).to(packed.device)
     digits = table.index_select(0, packed.reshape(-1).int())
@@ -143,7 +145,8 @@ def unpack_codes(packed: Tensor, shape: Sequence[int], encoding: str = "2bit") -
     codes = digits.reshape(*wanted[:-1], wanted[-1] * per_byte)
     if bool(codes[..., rows[-1] :].any()):
         raise ValueError(
-            f"padding after {rows[-1]} codes a row is not zero; the shape {shape} is wrong or the file damaged"
+            f"padding after {rows[-1]} codes a row is not zero; the shape {shape} is wrong or the file "
+            "damaged"
         )
     return codes[..., : rows[-1]].reshape(shape).contiguous()
 
@@ -154,7 +157,7 @@ def _encoding(encoding: str) -> tuple[int, int]:
     return _ENCODINGS[encoding]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table(encoding: str) -> Tensor:
     """(256, codes a byte) int8: the codes of each byte; rows of bytes no codes make hold _INVALID."""
     base, per_byte = _encoding(encoding)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def pack_row_2bit(codes: list[int]) -> list[int]:
-    """Bytes of one row, two bits a code: code i of a byte at bits 2i and 2i + 1, -1 -> 00, 0 -> 01, 1 -> 10."""
+    """Bytes of one row, code i of a byte at bits 2i and 2i + 1: -1 -> 00, 0 -> 01, 1 -> 10."""
     field = {-1: 0b00, 0: 0b01, 1: 0b10}
     out = []
     for start in range(0, len(codes), 4):
