@@ -1,0 +1,145 @@
+"""Runs side by side: who reached the target first, in words, in a table and as curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from phase5_training.records import RunDirectory
+from phase5_training.report.charts import Points, is_finite, points
+from phase5_training.report.summary import Loaded, Table, text
+from phase5_training.report.wording import MISSING, duration, number, one_line, share
+
+
+def comparison_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Who reached the target first, or best, in words; the first row is the run's own."""
+    reached = [row for row in rows if is_finite(row.get("seconds_to_target"))]
+    if len(rows) < 2 or not reached:
+        return ""
+    target = next((row["target"] for row in rows if is_finite(row.get("target"))), None)
+    goal = f"{share(target)} validation accuracy" if is_finite(target) else "the target"
+    order = sorted(reached, key=lambda row: row["seconds_to_target"])
+    first = order[0]
+    said = f"{_row_name(first)} reached {goal} first, after {duration(first['seconds_to_target'])}"
+    if is_finite(first.get("steps_to_target")):
+        said += f" and {number(first['steps_to_target'])} steps"
+    for row in order[1:]:
+        ratio = row["seconds_to_target"] / max(first["seconds_to_target"], 1e-9)
+        said += f"; {_row_name(row)} after {duration(row['seconds_to_target'])} ({ratio:.2f} times as long)"
+    never = [_row_name(row) for row in rows if not is_finite(row.get("seconds_to_target"))]
+    if never:
+        said += f"; {' and '.join(never)} did not reach it"
+    return said + "."
+
+
+_COMPARISON = (
+    ("name", "Run", one_line),
+    ("weight_bits", "Weight bits", number),
+    ("optimizer", "Optimizer", one_line),
+    ("learning_rate", "Learning rate", number),
+    ("weight_decay", "Weight decay", number),
+    ("steps", "Steps", number),
+    ("wall_seconds", "Wall time", duration),
+    ("steps_to_target", "Steps to target", number),
+    ("seconds_to_target", "Time to target", duration),
+    ("best_accuracy", "Best validation accuracy", share),
+    ("final_val_loss", "Final validation loss", number),
+    ("note", "Note", one_line),
+)
+_BEST_IS = {"steps_to_target": min, "seconds_to_target": min, "best_accuracy": max, "final_val_loss": min}
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], *, own_first: bool) -> Table:
+    """Compared runs side by side; columns nobody has figures for are left out."""
+    columns = [
+        (key, head, show)
+        for key, head, show in _COMPARISON
+        if any(row.get(key) not in (None, "") for row in rows)
+    ]
+    marked = set()
+    for index, (key, _, _) in enumerate(columns):
+        values = [row.get(key) for row in rows]
+        finite: list[float] = [value for value in values if is_finite(value)]
+        if key in _BEST_IS and len(finite) > 1:
+            best = _BEST_IS[key](finite)
+            marked |= {(i, index) for i, value in enumerate(values) if value == best}
+    words = ("name", "optimizer", "note")
+    return Table(
+        head=[head for _, head, _ in columns],
+        rows=[[_cell(row.get(key), show) for key, _, show in columns] for row in rows],
+        numeric=frozenset(i for i, (key, _, _) in enumerate(columns) if key not in words),
+        marked=frozenset(marked),
+        strong_row=0 if own_first else None,
+    )
+
+
+def comparison_of(runs: Sequence[Loaded]) -> list[dict[str, Any]]:
+    """The comparison's rows for runs given side by side, out of their own records."""
+    target = next(
+        (r.config["target_accuracy"] for r in runs if is_finite(r.config.get("target_accuracy"))), None
+    )
+    rows = []
+    for run in runs:
+        reached = None
+        if target is not None:
+            reached = next(
+                (
+                    row
+                    for row in run.rows
+                    if row.get("kind") == "validation"
+                    and is_finite(row.get("accuracy"))
+                    and row["accuracy"] >= target
+                ),
+                None,
+            )
+        rows.append(
+            {
+                "name": run.name,
+                "weight_bits": run.weight_bits,
+                "optimizer": run.config.get("optimizer"),
+                "learning_rate": run.config.get("learning_rate"),
+                "weight_decay": run.config.get("weight_decay"),
+                "steps": run.steps,
+                "wall_seconds": run.seconds,
+                "target": target,
+                "steps_to_target": (reached or {}).get("step"),
+                "seconds_to_target": (reached or {}).get("elapsed_s"),
+                "best_accuracy": run.best_accuracy,
+                "final_val_loss": run.last("validation", "loss"),
+                "note": run.result.get("stop_reason") or "no result yet",
+            }
+        )
+    return rows
+
+
+def comparison_curves(own: Loaded, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Points]]:
+    """Validation accuracy against seconds of each compared run.
+
+    A row's curve is its ``curve`` (pairs of seconds and accuracy), else the metrics of the run in
+    the folder ``run`` (relative to the own run's folder), else, for the first row, the own metrics.
+    """
+    curves: list[tuple[str, Points]] = []
+    for index, row in enumerate(rows):
+        found: Points = ([], [])
+        pairs, folder = row.get("curve"), row.get("run")
+        if isinstance(pairs, list):
+            kept = [p for p in pairs if isinstance(p, list) and len(p) == 2 and all(map(is_finite, p))]
+            found = ([float(p[0]) for p in kept], [float(p[1]) for p in kept])
+        elif isinstance(folder, str):
+            found = points(
+                RunDirectory(own.run.path / folder).read_metrics(), "validation", "elapsed_s", "accuracy"
+            )[0]
+        elif index == 0:
+            found = own.validation("elapsed_s", "accuracy")
+        curves.append((_row_name(row), found))
+    return curves
+
+
+def _row_name(row: Mapping[str, Any]) -> str:
+    return one_line(row.get("name") or "unnamed")
+
+
+def _cell(value: Any, show: Any) -> str:
+    if value in (None, ""):
+        return MISSING
+    return show(value) if is_finite(value) or show is one_line else text(value)
