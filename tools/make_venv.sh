@@ -16,6 +16,7 @@ new_enough() {
 }
 
 version_of() {
+    command -v "$1" >/dev/null || { echo "not there" && return; }
     "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo "not a working Python"
 }
 
@@ -35,7 +36,7 @@ else
 fi
 
 if "$python" -c 'import ensurepip, venv' 2>/dev/null; then
-    "$python" -m venv "$venv" || fail "$python -m venv $venv failed; its message is above"
+    "$python" -m venv "$venv" || { rm -rf "$venv" && fail "$python -m venv $venv failed; its message is above"; }
     exit 0
 fi
 
