@@ -12,8 +12,8 @@ in this order, and a test reads this picture and holds the loop to it::
                 forward, loss, backward             # loss over the samples of the whole batch
             unscale, finite check, clip, filter, optimizer, re-quantize, schedule
             step_end                                # figures still on the device
-            nonfinite_step                          # found at a log: steps skipped since the last
             log                                     # every log_interval steps, figures as numbers
+            nonfinite_step                          # found at a log: steps skipped since the last
             eval_start, eval_end                    # every eval_interval steps and at the end
             early_stop                              # patience ran out: leaves both loops
             checkpoint_saved                        # every checkpoint_interval steps and at the end
@@ -42,8 +42,8 @@ class Event(StrEnum):
     EPOCH_START = "epoch_start"
     PHASE_CHANGE = "phase_change"
     STEP_END = "step_end"
-    NONFINITE_STEP = "nonfinite_step"
     LOG = "log"
+    NONFINITE_STEP = "nonfinite_step"
     EVAL_START = "eval_start"
     EVAL_END = "eval_end"
     EARLY_STOP = "early_stop"

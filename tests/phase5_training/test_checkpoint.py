@@ -60,9 +60,9 @@ def test_round_trip_keeps_structure_types_and_bits(tmp_path):
 
 def test_random_generators_continue_where_they_were(tmp_path):
     folder = save_checkpoint(tmp_path / "c", random_state(), step=0)
-    expected = (random.random(), np.random.rand(), torch.rand(3))  # noqa: NPY002
+    expected = (random.random(), np.random.rand(), torch.rand(3))
     set_random_state(load_checkpoint(folder))
-    found = (random.random(), np.random.rand(), torch.rand(3))  # noqa: NPY002
+    found = (random.random(), np.random.rand(), torch.rand(3))
     assert found[:2] == expected[:2]
     assert torch.equal(found[2], expected[2])
 

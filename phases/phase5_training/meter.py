@@ -1,0 +1,116 @@
+"""Running figures of training: summed on the device, read at log intervals and at the end of an epoch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phase5_training.outputs import IGNORE_INDEX, unwrap_outputs
+
+# What one step adds to the sums, in this order.
+_FIGURES = ("loss", "good_steps", "correct", "counted", "skipped")
+
+
+class Meter:
+    """Means of loss and accuracy since the last log and over the epoch, and throughput.
+
+    Args:
+        device: where the sums live.
+
+    Example:
+        >>> meter = Meter("cpu")
+        >>> meter.add(torch.tensor(0.5), torch.tensor(False), samples=4)
+        >>> meter.add(torch.tensor(float("nan")), torch.tensor(True), samples=4)
+        >>> figures = meter.read(now=2.0)
+        >>> figures["loss"], figures["skipped"], figures["samples_per_s"]
+        (0.5, 1, 4.0)
+    """
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.lr: float | None = None
+        self.wait_seconds = 0.0
+        self.steps = 0
+        self._samples = 0
+        self._seconds, self._started = 0.0, 0.0
+        self._window = torch.zeros(len(_FIGURES), dtype=torch.float64, device=device)
+        self._epoch = torch.zeros_like(self._window)
+        self._correct = self._window.new_zeros(2)
+
+    def count_correct(self, outputs: Any, target: Any) -> None:
+        """Count right answers of a micro-batch where the targets are classes; no wait for the device."""
+        logits = unwrap_outputs(outputs)
+        if not isinstance(target, Tensor) or not isinstance(logits, Tensor):
+            return
+        if target.is_floating_point() or logits.dim() != target.dim() + 1:
+            return
+        valid = target != IGNORE_INDEX
+        self._correct += torch.stack([((logits.detach().argmax(-1) == target) & valid).sum(), valid.sum()])
+
+    def add(self, loss: Tensor, nonfinite: Tensor, samples: int) -> None:
+        """Take one optimizer step: its () loss, whether it was skipped, and its samples."""
+        good = (~nonfinite).double()
+        figures = torch.cat(
+            [
+                # A skipped step has no loss to average.
+                torch.stack([torch.where(nonfinite, 0.0, loss.double()), good]),
+                self._correct,
+                nonfinite.double()[None],
+            ]
+        )
+        self._window += figures
+        self._epoch += figures
+        self._correct.zero_()
+        self.steps, self._samples = self.steps + 1, self._samples + samples
+
+    def read(self, now: float) -> dict[str, Any]:
+        """Figures since the last read, as numbers; waits for the device.
+
+        Args:
+            now: seconds on the clock that :meth:`pause` and :meth:`resume` use.
+        """
+        sums = dict(zip(_FIGURES, self._window.tolist(), strict=True))
+        seconds = max(self._seconds + now - self._started, 1e-9)
+        figures = {
+            "loss": _ratio(sums["loss"], sums["good_steps"]),
+            "accuracy": _ratio(sums["correct"], sums["counted"]),
+            "lr": self.lr,
+            "samples_per_s": self._samples / seconds,
+            "data_wait_share": min(1.0, self.wait_seconds / seconds),
+            "skipped": round(sums["skipped"]),
+            "steps": self.steps,
+        }
+        self._window.zero_()
+        self.steps, self._samples, self.wait_seconds = 0, 0, 0.0
+        self._seconds, self._started = 0.0, now
+        return figures
+
+    def pause(self, now: float) -> None:
+        """Stop the throughput clock: what follows is not training."""
+        self._seconds += now - self._started
+
+    def resume(self, now: float) -> None:
+        """Go on counting time as training."""
+        self._started = now
+
+    def end_epoch(self) -> dict[str, float | None]:
+        """Mean loss and accuracy of the epoch, which is over."""
+        sums = dict(zip(_FIGURES, self._epoch.tolist(), strict=True))
+        self._epoch.zero_()
+        return {
+            "loss": _ratio(sums["loss"], sums["good_steps"]),
+            "accuracy": _ratio(sums["correct"], sums["counted"]),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, so that a resumed run reports what an uninterrupted one would."""
+        return {"window": self._window, "epoch": self._epoch, "steps": self.steps, "samples": self._samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self._window.copy_(state["window"])
+        self._epoch.copy_(state["epoch"])
+        self.steps, self._samples = state["steps"], state["samples"]
+
+
+def _ratio(total: float, count: float) -> float | None:
+    return total / count if count else None

@@ -1,0 +1,508 @@
+"""The training loop: what happens in an optimizer step and between steps.
+
+``phase5_training.events`` draws the loop; this module runs it. The parts it drives - optimizer,
+scheduler, loss, validator, early stopping, checkpoint store - come in through the constructor.
+Nothing in a step waits for the device: losses are summed there and read at log intervals.
+"""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phase5_training.checkpoint import random_state, set_random_state
+from phase5_training.errors import RunFailed, UsageError
+from phase5_training.events import CallbackRegistry, Event
+from phase5_training.meter import Meter
+from phase5_training.outputs import count_units, unwrap_outputs
+from phase5_training.protocols import Batch, Optimizes, Saves, Schedules, StopsEarly, Validates
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """Lengths and intervals of a run; steps are optimizer steps.
+
+    Args:
+        epochs: passes over the training data.
+        max_steps: stop after this many steps, whatever the epochs; None for no limit.
+        max_seconds: stop at the first step boundary after this much training time; None for no limit.
+        micro_batch_size: samples per forward; None takes the batch whole. The gradient is that of
+            the whole batch either way.
+        eval_interval: validate every so many steps, and at the end.
+        log_interval: read the figures off the device every so many steps.
+        checkpoint_interval: save every so many steps, and at the end; None saves at the end only.
+        use_amp: autocast the forward to ``amp_dtype``.
+        amp_dtype: bfloat16 or float16.
+        max_nonfinite: fail after this many skipped steps in a row, as seen at the log intervals.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    max_seconds: float | None = None
+    micro_batch_size: int | None = None
+    eval_interval: int = 500
+    log_interval: int = 10
+    checkpoint_interval: int | None = None
+    use_amp: bool = False
+    amp_dtype: torch.dtype = torch.bfloat16
+    max_nonfinite: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "eval_interval", "log_interval", "max_nonfinite"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("max_steps", "max_seconds", "micro_batch_size", "checkpoint_interval"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"{name}={value} must be above 0; leave it out for no limit")
+
+
+@dataclass
+class LoopState:
+    """Where a run stands.
+
+    Args:
+        step: optimizer steps taken. epoch: the epoch in progress, from 0. batch: batches of it used.
+        seconds: training time, validation and saving included, over all sessions of the run.
+        samples: samples seen. nonfinite: steps skipped. validation: the last validation's figures.
+        stop_reason: "finished", "max_steps", "max_seconds", "early_stop" or "interrupted".
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    nonfinite: int = 0
+    nonfinite_in_a_row: int = 0
+    epochs_completed: int = 0
+    train_loss: float | None = None
+    train_accuracy: float | None = None
+    best_accuracy: float | None = None
+    best_loss: float | None = None
+    validation: dict[str, Any] | None = None
+    validated_step: int = -1
+    saved_step: int = -1
+    phase: str | None = None
+    stop_reason: str = ""
+
+
+class TrainingLoop:
+    """Trains a model; every argument but the first three is optional.
+
+    Args:
+        model: called as ``model(batch["input"])``; compiled or not.
+        optimizer: a :class:`BitNetOptimizer` (it wraps any torch optimizer).
+        config: lengths and intervals.
+        scheduler: learning rate per step; None keeps the optimizer's.
+        validator: runs every ``eval_interval`` steps; None for no validation.
+        early_stopping: decides on the validation figures, and which weights are the best.
+        checkpoints: where to save; None does not save.
+        callbacks: fired at the events.
+        device: where batches go.
+        scaler: loss scaling for float16.
+        named_model: the module whose state is saved, when ``model`` is a compiled wrapper of it.
+
+    Example:
+        >>> from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
+        >>> net = nn.Linear(2, 1)
+        >>> optimizer = BitNetOptimizer(torch.optim.SGD(net.parameters(), 0.1), net)
+        >>> loop = TrainingLoop(net, optimizer, LoopConfig())
+        >>> batch = {"input": torch.ones(4, 2), "target": torch.ones(4, 1)}
+        >>> loop.train([batch] * 5, nn.functional.mse_loss).step
+        5
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        optimizer: Optimizes,
+        config: LoopConfig,
+        *,
+        scheduler: Schedules | None = None,
+        validator: Validates | None = None,
+        early_stopping: StopsEarly | None = None,
+        checkpoints: Saves | None = None,
+        callbacks: CallbackRegistry | None = None,
+        device: torch.device | str = "cpu",
+        scaler: torch.amp.GradScaler | None = None,
+        named_model: nn.Module | None = None,
+    ) -> None:
+        self.model, self.optimizer, self.config = model, optimizer, config
+        self.scheduler, self.validator, self.early_stopping = scheduler, validator, early_stopping
+        self.checkpoints, self.callbacks = checkpoints, callbacks or CallbackRegistry()
+        self.device, self.scaler = torch.device(device), scaler
+        module = named_model if named_model is not None else model
+        if not isinstance(module, nn.Module):
+            raise UsageError(f"model is a {type(module).__name__}; pass an nn.Module, or one as named_model=")
+        self.module = module
+        self.state = LoopState()
+        self.best_weights: dict[str, Tensor] | None = None
+        self._stop = False
+        self._resumed_random: Mapping[str, Any] | None = None
+        self._loss: Any = None
+        self._started = time.perf_counter()
+        self._meter = Meter(self.device)
+
+    def train(
+        self, train_loader: Any, loss_fn: Callable[..., Tensor], val_loader: Iterable[Batch] | None = None
+    ) -> LoopState:
+        """Run until the epochs, a limit, early stopping or :meth:`stop` ends it.
+
+        Args:
+            train_loader: an iterable of batches; one with ``set_position(epoch, batch)`` is sought on
+                resume and reshuffled each epoch.
+            loss_fn: a :class:`Loss`, or ``fn(outputs, targets)`` returning the mean over the samples.
+            val_loader: batches to validate on.
+
+        Returns:
+            The final state. ``best_weights`` holds the weights of the best validation, if there was one.
+
+        Raises:
+            RunFailed: too many steps in a row were not finite, or the data gave no batch.
+        """
+        self._loss = loss_fn if hasattr(loss_fn, "units") else _PlainLoss(loss_fn)
+        self._stop = False
+        self.state.stop_reason = ""
+        self._started = time.perf_counter() - self.state.seconds
+        self._meter.resume(self._clock())
+        self.callbacks.fire(
+            Event.FIT_START, self.state.step, {"step": self.state.step, "elapsed_s": self._clock()}
+        )
+        if self._resumed_random is not None:
+            set_random_state(self._resumed_random)
+            self._resumed_random = None
+        self.module.train()
+        try:
+            self._epochs(train_loader, val_loader)
+            if not self._stop:
+                # An interrupted run goes on later: its figures must come as if it had not stopped.
+                self._log_if_due(force=True)
+                self._validate(val_loader)
+            self.save()
+        finally:
+            self.state.seconds = self._clock()
+            self.callbacks.fire(
+                Event.FIT_END,
+                self.state.step,
+                {
+                    "step": self.state.step,
+                    "stop_reason": self.state.stop_reason or "failed",
+                    "elapsed_s": self._clock(),
+                },
+            )
+        return self.state
+
+    def stop(self) -> None:
+        """Ask the loop to save and return at the next step boundary; safe from another thread."""
+        self._stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on: weights, optimizer, position, generators."""
+        return {
+            "model": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict() if self.scheduler else None,
+            "early_stopping": self.early_stopping.state_dict() if self.early_stopping else None,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "loss": self._loss.state_dict() if hasattr(self._loss, "state_dict") else None,
+            "best_weights": self.best_weights,
+            "random": random_state(),
+            "loop": {**vars(self.state), "stop_reason": ""},
+            "meter": self._meter.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], loss_fn: Any = None) -> None:
+        """Continue from :meth:`state_dict`; call before :meth:`train`.
+
+        Args:
+            state: as saved.
+            loss_fn: the loss that :meth:`train` will be given, when it has parameters.
+        """
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for part, key in (
+            (self.scheduler, "scheduler"),
+            (self.early_stopping, "early_stopping"),
+            (self.scaler, "scaler"),
+            (loss_fn, "loss"),
+        ):
+            if part is not None and state[key]:
+                part.load_state_dict(state[key])
+        self.best_weights = state["best_weights"]
+        self.state = LoopState(**state["loop"])
+        self._resumed_random = state["random"]
+        self._meter.load_state_dict(state["meter"])
+
+    def _epochs(self, train_loader: Any, val_loader: Iterable[Batch] | None) -> None:
+        state, config = self.state, self.config
+        while state.epoch < config.epochs and not self._limit_reached():
+            self.callbacks.fire(Event.EPOCH_START, state.epoch, {"epoch": state.epoch})
+            steps_before = state.step
+            for batch in self._batches(train_loader):
+                self._announce_phase()
+                self._step(batch)
+                self._between_steps(val_loader)
+                if self._limit_reached():
+                    break
+            else:
+                if state.batch == 0 and state.step == steps_before:
+                    raise RunFailed("the training data gave no batch; check that the data set is not empty")
+                self._end_epoch()
+                continue
+            if state.batch == _length(train_loader):
+                # The limit fell on the last batch: the epoch is complete.
+                self._end_epoch()
+        if not state.stop_reason:
+            state.stop_reason = "finished"
+
+    def _batches(self, train_loader: Any) -> Iterator[Batch]:
+        """The rest of this epoch's batches, and how long each was waited for."""
+        if hasattr(train_loader, "set_position"):
+            train_loader.set_position(self.state.epoch, self.state.batch)
+            batches = iter(train_loader)
+        else:
+            batches = iter(train_loader)
+            # No way to seek: what was used before a resume is read again and dropped.
+            for _ in range(self.state.batch):
+                next(batches, None)
+        while True:
+            waited = time.perf_counter()
+            batch = next(batches, None)
+            self._meter.wait_seconds += time.perf_counter() - waited
+            if batch is None:
+                return
+            yield batch
+
+    def _step(self, batch: Batch) -> None:
+        """One optimizer step on one batch, in micro-batches."""
+        state, due = self.state, (self.state.step + 1) % self.config.log_interval == 0
+        micro_batches = _split(batch, self.config.micro_batch_size)
+        units = [self._loss.units(m) for m in micro_batches]
+        total = sum(units)
+        loss = torch.zeros((), device=self.device)
+        for micro_batch, own in zip(micro_batches, units, strict=True):
+            micro_batch = _to_device(micro_batch, self.device)
+            with torch.autocast(self.device.type, self.config.amp_dtype, enabled=self.config.use_amp):
+                outputs = self.model(micro_batch["input"])
+                mean = self._loss(outputs, micro_batch)
+            # Weighted by its share of the whole batch's samples or tokens, so that the sum of the
+            # gradients is the gradient of the batch's mean loss however it is cut.
+            share = mean if len(micro_batches) == 1 else mean * (own / total)
+            (self.scaler.scale(share) if self.scaler else share).backward()
+            loss += share.detach()
+            self._meter.count_correct(outputs, micro_batch["target"])
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
+        self.optimizer.measure = due
+        self.optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.scheduler:
+            self._meter.lr = self.scheduler.get_lr()
+            self.scheduler.step()
+        samples = _samples(batch)
+        self._meter.add(loss, self.optimizer.report.nonfinite, samples)
+        state.step, state.batch, state.samples = state.step + 1, state.batch + 1, state.samples + samples
+        if self.callbacks.wants(Event.STEP_END):
+            self.callbacks.fire(
+                Event.STEP_END,
+                state.step,
+                {"step": state.step, "loss": loss, "grad_norm": self.optimizer.report.grad_norm},
+            )
+
+    def _between_steps(self, val_loader: Iterable[Batch] | None) -> None:
+        config, step = self.config, self.state.step
+        self._log_if_due()
+        if step % config.eval_interval == 0:
+            self._validate(val_loader)
+        if config.checkpoint_interval and step % config.checkpoint_interval == 0:
+            self.save()
+
+    def _limit_reached(self) -> bool:
+        state, config = self.state, self.config
+        if self._stop:
+            state.stop_reason = "interrupted"
+        elif config.max_steps is not None and state.step >= config.max_steps:
+            state.stop_reason = state.stop_reason or "max_steps"
+        elif config.max_seconds is not None and self._clock() >= config.max_seconds:
+            state.stop_reason = state.stop_reason or "max_seconds"
+        return bool(state.stop_reason)
+
+    def _end_epoch(self) -> None:
+        state = self.state
+        metrics: dict[str, Any] = {"epoch": state.epoch, "step": state.step, **self._meter.end_epoch()}
+        for key, value in (state.validation or {}).items():
+            metrics[f"val_{key}"] = value
+        state.epoch, state.batch = state.epoch + 1, 0
+        state.epochs_completed = state.epoch
+        self.callbacks.fire(Event.EPOCH_END, state.epoch - 1, metrics)
+
+    def _announce_phase(self) -> None:
+        phase = self._current_phase()
+        if phase != self.state.phase:
+            metrics = {"step": self.state.step, "phase": phase, "previous": self.state.phase}
+            self.state.phase = phase
+            self.callbacks.fire(Event.PHASE_CHANGE, self.state.step, metrics)
+
+    def _current_phase(self) -> str:
+        return str(self.scheduler.get_current_phase()) if self.scheduler else "refinement"
+
+    def _log_if_due(self, force: bool = False) -> None:
+        meter, state = self._meter, self.state
+        if not meter.steps or (state.step % self.config.log_interval and not force):
+            return
+        report = self.optimizer.report
+        figures = meter.read(self._clock())
+        zero_share = self.optimizer.zero_share()
+        row = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "phase": self.state.phase,
+            **figures,
+            "grad_norm": float(report.grad_norm),
+            "slow_ratio": _number(report.slow_ratio),
+            "zero_share": _number(zero_share),
+            "flip_share": _number(report.flip_share),
+            "memory_mb": _memory_mb(self.device),
+            "elapsed_s": self._clock(),
+        }
+        state.train_loss, state.train_accuracy = row["loss"], row["accuracy"]
+        skipped, steps = row.pop("skipped"), row.pop("steps")
+        state.nonfinite += skipped
+        state.nonfinite_in_a_row = state.nonfinite_in_a_row + skipped if skipped == steps else 0
+        row["nonfinite_steps"] = state.nonfinite
+        self.callbacks.fire(Event.LOG, state.step, row)
+        if skipped:
+            self.callbacks.fire(
+                Event.NONFINITE_STEP,
+                state.step,
+                {"step": state.step, "skipped": skipped, "total": state.nonfinite},
+            )
+        if state.nonfinite_in_a_row >= self.config.max_nonfinite:
+            raise RunFailed(
+                f"the last {state.nonfinite_in_a_row} steps up to step {state.step} were skipped: their loss "
+                "or gradient was not finite; lower learning_rate, or check the data for huge values"
+            )
+
+    def _validate(self, val_loader: Iterable[Batch] | None) -> None:
+        state = self.state
+        if self.validator is None or val_loader is None or state.validated_step == state.step:
+            return
+        # Validation takes time that is not training throughput.
+        self._meter.pause(self._clock())
+        self.callbacks.fire(Event.EVAL_START, state.step, {"step": state.step})
+        figures = self.validator.run_validation(val_loader, self._loss)
+        state.validation, state.validated_step = figures, state.step
+        state.best_loss = _better(state.best_loss, figures.get("loss"), min)
+        state.best_accuracy = _better(state.best_accuracy, figures.get("accuracy"), max)
+        improved, stop = False, False
+        if self.early_stopping is not None:
+            improved, stop = self.early_stopping.update(figures.get(self.early_stopping.monitor), state.step)
+            if improved:
+                self.best_weights = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+        metrics = {
+            "step": state.step,
+            "epoch": state.epoch,
+            "phase": self.state.phase,
+            "improved": improved,
+            **figures,
+            "elapsed_s": self._clock(),
+        }
+        self.callbacks.fire(Event.EVAL_END, state.step, metrics)
+        self._meter.resume(self._clock())
+        if stop and not state.stop_reason:
+            state.stop_reason = "early_stop"
+            self.callbacks.fire(Event.EARLY_STOP, state.step, {"step": state.step, "best": state.best_loss})
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of this step, unless it has one."""
+        state = self.state
+        if self.checkpoints is None or state.saved_step == state.step:
+            return None
+        state.seconds, state.saved_step = self._clock(), state.step
+        self._meter.pause(state.seconds)
+        path = self.checkpoints.save(self.state_dict(), state.step)
+        self.callbacks.fire(Event.CHECKPOINT_SAVED, state.step, {"step": state.step, "path": str(path)})
+        self._meter.resume(self._clock())
+        return path
+
+    def _clock(self) -> float:
+        """Seconds of this run, earlier sessions included."""
+        return time.perf_counter() - self._started
+
+
+class _PlainLoss:
+    """A function of (outputs, targets) as the loop's loss: the mean over samples."""
+
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        self._fn = fn
+
+    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
+        return self._fn(unwrap_outputs(outputs), batch["target"])
+
+    def units(self, batch: Batch) -> int | Tensor:
+        return count_units(batch["target"])
+
+
+def _split(batch: Batch, size: int | None) -> list[Batch]:
+    """Cut a batch into micro-batches of at most ``size`` samples."""
+    samples = _samples(batch)
+    if size is None or samples <= size:
+        return [batch]
+    return [_slice(batch, slice(start, start + size)) for start in range(0, samples, size)]
+
+
+def _slice(value: Any, rows: slice) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _slice(v, rows) for k, v in value.items()}
+    return value[rows]
+
+
+def _samples(batch: Batch) -> int:
+    value: Any = batch["input"]
+    while isinstance(value, Mapping):
+        value = next(iter(value.values()))
+    return len(value)
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {k: _to_device(v, device) for k, v in value.items()}
+    return value
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _number(value: Tensor | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _better(best: float | None, value: float | None, choose: Callable[..., float]) -> float | None:
+    if value is None or not math.isfinite(value):
+        return best
+    return value if best is None else choose(best, value)
+
+
+def _memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,83 @@
+"""What the training loop asks of the parts it is given; any object with these methods will do."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+Batch = Mapping[str, Any]
+
+
+class Optimizes(Protocol):
+    """What the loop asks of the optimizer; see :class:`BitNetOptimizer`."""
+
+    param_groups: list[dict[str, Any]]
+    measure: bool
+
+    @property
+    def report(self) -> Any:
+        """Figures of the last step: grad_norm, nonfinite, slow_ratio, flip_share."""
+
+    def step(self) -> Any:
+        """Finite check, clip, filter, update, re-quantize."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients."""
+
+    def zero_share(self) -> Tensor | None:
+        """Share of zero codes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore it."""
+
+
+class Schedules(Protocol):
+    """What the loop asks of the learning-rate scheduler; see :class:`GrokfastScheduler`."""
+
+    def step(self) -> None:
+        """Set the rate of the next step."""
+
+    def get_lr(self) -> float:
+        """The rate in force."""
+
+    def get_current_phase(self) -> Any:
+        """The phase of the next step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+
+
+class Validates(Protocol):
+    """What the loop asks of the validator; see :class:`RealTimeValidator`."""
+
+    def run_validation(self, val_loader: Iterable[Batch], loss_fn: Callable[..., Tensor]) -> dict[str, Any]:
+        """Figures of the validation set."""
+
+
+class StopsEarly(Protocol):
+    """What the loop asks of early stopping; see :class:`EarlyStopping`."""
+
+    monitor: str
+
+    def update(self, value: float | None, step: int) -> tuple[bool, bool]:
+        """(improved, should stop)."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+
+
+class Saves(Protocol):
+    """What the loop asks of the checkpoint store; see :class:`CheckpointStore`."""
+
+    def save(self, state: Mapping[str, Any], step: int) -> Path:
+        """Write a checkpoint."""
