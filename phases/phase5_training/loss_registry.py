@@ -63,7 +63,7 @@ class Loss:
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss, 0-dim, of what the model returned for ``batch``."""
-        value = self._fn(unwrap_outputs(outputs), batch)
+        value = self._fn(unwrap_outputs(outputs, _target(batch)), batch)
         if not isinstance(value, Tensor) or value.ndim != 0:
             found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100  # a target that does not count: padding, or no label
 
 
-def unwrap_outputs(outputs: Any) -> Any:
+def unwrap_outputs(outputs: Any, target: Any = None) -> Any:
     """The tensor a model returned, out of whatever it was wrapped in.
 
     In this order: a tensor is itself; an object with ``.logits`` (Hugging Face) or a mapping with a
     "logits" key gives those; a mapping of one entry gives that entry; a tuple or list gives its
-    first element. A mapping of several entries is returned as it is: those are the outputs of a
-    multi-task model.
+    first element. A mapping of several entries, or one that goes with a mapping of targets, is
+    returned as it is: those are the outputs of a multi-task model.
 
     Example:
+        >>> import torch
         >>> unwrap_outputs({"logits": torch.zeros(2, 3), "hidden": None}).shape
         torch.Size([2, 3])
     """
-    if isinstance(outputs, Tensor):
+    if isinstance(outputs, Tensor) or (isinstance(outputs, Mapping) and isinstance(target, Mapping)):
         return outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if isinstance(logits, Tensor):
@@ -42,6 +42,7 @@ def count_units(targets: Any) -> int | Tensor:
     -100, as a 0-dim tensor on their device.
 
     Example:
+        >>> import torch
         >>> int(count_units(torch.tensor([[5, 7, -100]])))
         2
     """

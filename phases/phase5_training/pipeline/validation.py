@@ -119,8 +119,8 @@ class RealTimeValidator:
             if hasattr(loss_fn, "units"):
                 loss, units = loss_fn(outputs, batch), loss_fn.units(batch)
             else:
-                loss, units = loss_fn(unwrap_outputs(outputs), target), count_units(target)
-        outputs = unwrap_outputs(outputs)
+                loss, units = loss_fn(unwrap_outputs(outputs, target), target), count_units(target)
+        outputs = unwrap_outputs(outputs, target)
         sums.batches += 1
         sums.samples += _first(target).shape[0]
         sums.add("units", units)
