@@ -79,7 +79,7 @@ def render(runs: Sequence[Loaded]) -> str:
     def figure(chart: Chart, prefix: str, wide: bool = False) -> dict[str, Any]:
         legend = {}
         for line in chart.series:
-            dashed = line.dashed or line.color >= PALETTE_SIZE
+            dashed = line.color >= PALETTE_SIZE
             legend[line.color] = {"label": line.label, "color": line.color % PALETTE_SIZE, "dashed": dashed}
         spent = {name for name, _, _ in chart.phases}
         # The SVG is ours and escapes the words it carries; everything else is escaped by the template.

@@ -24,9 +24,7 @@ class Series:
     x: list[float]
     y: list[float]
     color: int
-    dashed: bool = False
     faint: bool = False  # the raw rows behind a running mean
-    in_legend: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,7 @@ PANELS = (
         kinds=("validation",),
         best="lowest",
     ),
-    _Panel(key="learning-rate", title="Learning rate and phases", column="lr"),
+    _Panel(key="learning-rate", title="Learning rate", column="lr"),
     _Panel(key="gradient-norm", title="Gradient norm", column="grad_norm", may_log=True),
     _Panel(
         key="slow-ratio",
@@ -95,7 +93,7 @@ PANELS = (
     _Panel(key="flips", title="Codes changed since the row before", column="flip_share", show=share),
     _Panel(key="throughput", title="Samples per second", column="samples_per_s", show=compact),
     _Panel(key="data-wait", title="Time spent waiting for data", column="data_wait_share", show=share),
-    _Panel(key="memory", title="Memory", column="memory_mb", show=megabytes),
+    _Panel(key="memory", title="Memory in MB", column="memory_mb", show=megabytes),
 )
 
 
@@ -137,7 +135,7 @@ def _chart(
     runs: Sequence[tuple[str, list[Row]]],
     phases: list[tuple[str, float, float]],
 ) -> Chart | None:
-    found: list[tuple[str, Points, int, bool]] = []  # label, points, color, dashed
+    found: list[tuple[str, Points, int]] = []  # label, points, color
     notes: list[str] = []
     lost = 0
     for index, (name, rows) in enumerate(runs):
@@ -147,22 +145,24 @@ def _chart(
             if not y:
                 continue
             if len(runs) > 1:
-                found.append((name, (x, y), index, False))
+                found.append((name, (x, y), index))
             else:
                 label = "training" if kind == "train" else kind
-                found.append((label, (x, y), kinds.index(kind), False))
-            notes.append(_note(found[-1][0], x, y, panel) if len(found) < 9 else "")
+                found.append((label, (x, y), kinds.index(kind)))
+            notes.append(_note(found[-1][0], x, y, panel))
     if not found:
         return None
     if lost:
         notes.append(f"{lost} rows have no loss because it was not finite")
-    values = [value for _, (_, y), _, _ in found for value in y]
+    if len(found) == 1:
+        notes[0] = notes[0].removeprefix(f"{found[0][0]}: ")
+    values = [value for _, (_, y), _ in found for value in y]
     log = panel.may_log and min(values) > 0 and max(values) / min(values) > 30
     budget = max(40, POINTS_PER_CHART // len(found))
     series: list[Series] = []
     smoothed = 0
-    for label, (x, y), color, dashed in found:
-        window = len(y) // 40
+    for label, (x, y), color in found:
+        window = max(5, len(y) // 25)
         smooth = len(y) >= SMOOTH_FROM and panel.column not in ("lr", "memory_mb")
         raw = decimate(x, y, budget * 3 // 4 if smooth else budget)
         series.append(
@@ -171,18 +171,15 @@ def _chart(
                 x=raw[0],
                 y=raw[1],
                 color=color,
-                dashed=dashed,
                 faint=smooth,
-                in_legend=not smooth,
             )
         )
         if smooth:
             smoothed = max(smoothed, window)
             mean = decimate(x, running_mean(y, window), budget // 4)
-            series.append(Series(label=label, x=mean[0], y=mean[1], color=color, dashed=dashed))
-    if smoothed > 1:
+            series.append(Series(label=label, x=mean[0], y=mean[1], color=color))
+    if smoothed:
         notes.append(f"bold: running mean over {smoothed} rows")
-    notes = [note for note in notes if note]
     return Chart(
         key=key,
         title=title + (" (log scale)" if log else ""),
@@ -196,10 +193,9 @@ def _chart(
     )
 
 
-def accuracy_against_time(
-    curves: Sequence[tuple[str, Points]], title: str = "Validation accuracy against wall time"
-) -> Chart | None:
+def accuracy_against_time(curves: Sequence[tuple[str, Points]]) -> Chart | None:
     """The chart a comparison turns on: what each run had reached after the same seconds."""
+    title = "Validation accuracy against wall time"
     return against_time(curves, key="accuracy-time", title=title, show=share, best="highest")
 
 
@@ -219,7 +215,7 @@ def against_time(
         if not y:
             continue
         kept = decimate(x, y, budget)
-        series.append(Series(label=label, x=kept[0], y=kept[1], color=index, dashed=index > 0))
+        series.append(Series(label=label, x=kept[0], y=kept[1], color=index))
         at = _extreme(y, best)
         notes.append(f"{label}: {best} {show(y[at])} after {duration(x[at])}")
     if not series:

@@ -220,7 +220,7 @@ def tiles(run: Loaded) -> list[tuple[str, str]]:
 
 def final_table(run: Loaded) -> Table | None:
     """Every figure of the result."""
-    rows = [[label(key), _worded(key, value)] for key, value in _flat(run.metrics)]
+    rows = [[label(_without_unit(key)), _worded(key, value)] for key, value in _flat(run.metrics)]
     return _pairs(rows, "Figure")
 
 
@@ -230,12 +230,24 @@ def config_table(run: Loaded) -> Table | None:
     return _pairs([[key, _exact(value)] for key, value in _flat(run.config)], "Setting")
 
 
+_MACHINE = {
+    "cpu": "Processor",
+    "cores": "Cores",
+    "memory_gb": "Memory",
+    "platform": "Platform",
+    "python": "Python",
+    "device": "Device",
+}
+
+
 def machine_table(run: Loaded) -> Table | None:
     """The machine and the versions of what ran on it."""
     rows = []
     for key, value in _flat(_mapping(run.result.get("machine"))):
         shown = f"{number(value)} GiB" if key == "memory_gb" else text(value)
-        rows.append([label(key.removeprefix("versions.").removesuffix("_gb")), shown])
+        # Packages are spelled as they are installed.
+        package = key.removeprefix("versions.")
+        rows.append([_MACHINE.get(key, package), shown])
     return _pairs(rows, "Machine")
 
 
@@ -363,6 +375,14 @@ def _exact(value: Any) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     return ", ".join(map(_exact, value)) if isinstance(value, list) else text(value)
+
+
+def _without_unit(key: str) -> str:
+    """The unit goes where the figure carries its own."""
+    for unit in ("_hours", "_seconds", "_mb", "_s"):
+        if key.endswith(unit) and not key.endswith("per_s"):
+            return key.removesuffix(unit)
+    return key
 
 
 def _worded(key: str, value: Any) -> str:

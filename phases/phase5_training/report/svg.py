@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from phase5_training.report.charts import Chart
-from phase5_training.report.wording import compact, number
+from phase5_training.report.wording import compact, megabytes, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +41,7 @@ def draw(chart: Chart, prefix: str, *, wide: bool = False) -> str:
     Args:
         chart: what to draw.
         prefix: put before every id, so that several pictures can share a page.
-        wide: twice as wide, for the one chart that a page turns on.
+        wide: somewhat larger, for the one chart that a page turns on.
 
     Returns:
         The element: no XML header, no address of anything outside the page, a text alternative.
@@ -50,7 +50,7 @@ def draw(chart: Chart, prefix: str, *, wide: bool = False) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    width, height = (6.4, 2.9) if wide else (4.2, 2.4)
+    width, height = (4.6, 2.6) if wide else (4.2, 2.35)
     # A Figure of our own, not pyplot's: the user's figures and backend are not touched.
     settings: Any = {
         "svg.fonttype": "none",
@@ -65,7 +65,7 @@ def draw(chart: Chart, prefix: str, *, wide: bool = False) -> str:
         matplotlib.rcParams.update(settings)
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.44 / width, 0.42 / height, 1 - 0.56 / width, 1 - 0.52 / height))
+        axes = figure.add_axes((0.46 / width, 0.36 / height, 1 - 0.58 / width, 1 - 0.44 / height))
         _plot(chart, axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -80,7 +80,7 @@ def _plot(chart: Chart, axes: Axes) -> None:
             axes.axvspan(start, end, color=_PHASE[PHASES.index(name)], alpha=0.16, linewidth=0)
     for line in chart.series:
         color = _SERIES[line.color % PALETTE_SIZE]
-        dashed = line.dashed or line.color >= PALETTE_SIZE
+        dashed = line.color >= PALETTE_SIZE  # the palette starts again
         axes.plot(
             line.x,
             line.y,
@@ -103,7 +103,7 @@ def _plot(chart: Chart, axes: Axes) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _pad_flat(chart, axes)
-    show = chart.show if chart.show is not number else compact
+    show = chart.show if chart.show not in (number, megabytes) else compact
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(show, value)))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.x_label != "seconds"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
