@@ -84,14 +84,14 @@ def convert_model_to_bitnet(
         setattr(places[parent_name], attribute, converted[id(module)])
     if fused:
         warnings.warn(
-            f"{len(fused)} attention projections stay float: nn.MultiheadAttention reads their weights "
-            f"directly (first: {sorted(fused)[0]!r}); build the attention from nn.Linear to have them ternary",
+            f"{len(fused)} attention projections stay float, {sorted(fused)[0]!r} first: "
+            "nn.MultiheadAttention reads their weights directly; build attention from nn.Linear instead",
             stacklevel=2,
         )
     if not converted and not any(isinstance(m, TernaryWeight) for m in model.modules()):
         raise ValueError(
-            f"nothing to convert in {type(model).__name__}: it has {len(candidates)} suitable layers and all "
-            f"of them are kept in float ({', '.join(sorted(kept)) or 'none'}); pass skip=() to convert the head too"
+            f"nothing to convert in {type(model).__name__}: of its {len(candidates)} suitable layers all are "
+            f"kept in float ({', '.join(sorted(kept)) or 'none'}); pass skip=() to convert the head too"
         )
     _leave_fast_path(places)
     return model
@@ -158,7 +158,8 @@ def _names_to_skip(
         for pattern in skip:
             if not any(n == pattern or fnmatch(n, pattern) for n in candidates):
                 raise ValueError(
-                    f"skip={pattern!r} matches no convertible layer; the model has: {', '.join(sorted(candidates))}"
+                    f"skip={pattern!r} matches no convertible layer; the model has: "
+                    f"{', '.join(sorted(candidates))}"
                 )
         return kept
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}

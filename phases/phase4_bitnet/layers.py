@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from phase4_bitnet.int8_matmul import int8_matmul
 from phase4_bitnet.ternary import (
     QuantizationMode,
-    WeightBits,
     quantize_rows,
     quantize_weight,
     requantize_,
@@ -109,7 +108,7 @@ class TernaryWeight(nn.Module):
             raise ValueError(
                 f"quantization_mode={quantization_mode!r} is not known; use 'deterministic' or 'stochastic'"
             )
-        self.weight_bits: WeightBits = 1 if weight_bits == 1 else 1.58
+        self.weight_bits: float = 1 if weight_bits == 1 else 1.58
         self.quantization_mode: QuantizationMode = (
             "stochastic" if quantization_mode == "stochastic" else "deterministic"
         )

@@ -20,7 +20,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-WeightBits = Literal[1.58, 1]
 QuantizationMode = Literal["deterministic", "stochastic"]
 
 # The reference implementation of BitNet clamps both kinds of scale here; it only acts on all-zero input.
@@ -40,7 +39,7 @@ def storable_scale(mean_abs: Tensor) -> Tensor:
     return mean_abs.clamp(SCALE_FLOOR, torch.finfo(torch.float16).max).half().float()
 
 
-def _codes_from_ratio(ratio: Tensor, weight_bits: WeightBits, noise: Tensor | None) -> Tensor:
+def _codes_from_ratio(ratio: Tensor, weight_bits: float, noise: Tensor | None) -> Tensor:
     """Map ``W / mean|W|`` (float32) to codes, still as floats; `noise` is uniform in [0, 1)."""
     if weight_bits == 1:
         if noise is None:
@@ -53,7 +52,7 @@ def _codes_from_ratio(ratio: Tensor, weight_bits: WeightBits, noise: Tensor | No
 
 def quantize_weight(
     weight: Tensor,
-    weight_bits: WeightBits = 1.58,
+    weight_bits: float = 1.58,
     mode: QuantizationMode = "deterministic",
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -88,7 +87,7 @@ def requantize_(
     weights: Sequence[Tensor],
     codes: Sequence[Tensor],
     scales: Sequence[Tensor],
-    weight_bits: WeightBits = 1.58,
+    weight_bits: float = 1.58,
     mode: QuantizationMode = "deterministic",
 ) -> None:
     """Refresh the codes and scales of many layers in place, in one multi-tensor pass.
@@ -113,10 +112,10 @@ def requantize_(
         torch._foreach_clamp_max_(ratios, 1.0)
         torch._foreach_round_(ratios)
     else:
-        ratios = [
+        ratios = tuple(
             _codes_from_ratio(r, weight_bits, torch.rand_like(r) if mode == "stochastic" else None)
             for r in ratios
-        ]
+        )
     torch._foreach_copy_(list(codes), ratios)
     torch._foreach_copy_(list(scales), list(storable_scale(mean_abs).unbind()))
 

@@ -1,5 +1,7 @@
-"""Running figures of training: summed on the device, read at log intervals and at the end of an epoch."""
+"""Running figures of training: summed on the device, read at log intervals and epoch ends."""
 
+import resource
+import sys
 from typing import Any
 
 import torch
@@ -114,3 +116,17 @@ class Meter:
 
 def _ratio(total: float, count: float) -> float | None:
     return total / count if count else None
+
+
+def number(value: Tensor | None) -> float | None:
+    """A () tensor as a number; waits for the device."""
+    return None if value is None else float(value)
+
+
+def memory_mb(device: torch.device) -> float:
+    """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Linux counts in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phase4_bitnet.convert import hidden_linears
-from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layers
+from phase4_bitnet.layers import requantize_layers, ternary_layers
 from phase5_training.errors import UsageError, nearest_match
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
@@ -109,8 +109,8 @@ class BitNetOptimizer(Optimizer):
         """Derive the codes of all layers from their latents, after the latents were changed by hand."""
         requantize_layers(self._layers)
 
-    @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[Any, Any]:
         """Per-parameter state of the wrapped optimizers; each value is the very dict they use."""
         return {p: own for o in self.optimizers for p, own in o.state.items()}
 
@@ -213,7 +213,7 @@ class BitNetOptimizer(Optimizer):
         """State of the wrapped optimizers, filter averages included, and the step count."""
         return {"optimizers": [o.state_dict() for o in self.optimizers], "steps": self.steps}
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`. Load the model first: the codes are not derived again.
 
         Raises:

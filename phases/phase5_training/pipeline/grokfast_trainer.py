@@ -67,7 +67,8 @@ class GrokfastConfig:
             )
         if self.window < 1 or self.gain_warmup_steps < 0:
             raise UsageError(
-                f"window={self.window} must be at least 1 and gain_warmup_steps={self.gain_warmup_steps} at least 0"
+                f"window={self.window} must be at least 1, "
+                f"gain_warmup_steps={self.gain_warmup_steps} at least 0"
             )
         for name in self.phase_gains:
             if name not in set(Phase):
@@ -79,7 +80,7 @@ class GrokfastConfig:
         return self.lambda_reg * ramp * (self.phase_gains.get(phase, 1.0) if phase else 1.0)
 
 
-def filter_ema_(grads: Sequence[Tensor], slow: Sequence[Tensor], alpha: float, gain: float) -> None:
+def filter_ema_(grads: list[Tensor], slow: list[Tensor], alpha: float, gain: float) -> None:
     """Update the slow averages and add ``gain`` times them to the gradients, in place.
 
     Args:
@@ -91,7 +92,7 @@ def filter_ema_(grads: Sequence[Tensor], slow: Sequence[Tensor], alpha: float, g
     torch._foreach_add_(grads, slow, alpha=gain)
 
 
-def filter_high_pass_(grads: Sequence[Tensor], slow: Sequence[Tensor], alpha: float, gain: float) -> None:
+def filter_high_pass_(grads: list[Tensor], slow: list[Tensor], alpha: float, gain: float) -> None:
     """Update the slow averages and add ``gain`` times (gradient - average), in place."""
     torch._foreach_lerp_(slow, grads, 1 - alpha)
     torch._foreach_mul_(grads, 1 + gain)

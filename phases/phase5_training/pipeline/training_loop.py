@@ -6,8 +6,6 @@ Nothing in a step waits for the device: losses are summed there and read at log 
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from phase5_training.checkpoint import random_state, set_random_state
 from phase5_training.errors import RunFailed, UsageError
 from phase5_training.events import CallbackRegistry, Event
-from phase5_training.meter import Meter
+from phase5_training.meter import Meter, memory_mb, number
 from phase5_training.outputs import count_units, unwrap_outputs
 from phase5_training.protocols import Batch, Optimizes, Saves, Schedules, StopsEarly, Validates
 
@@ -369,10 +367,10 @@ class TrainingLoop:
             "phase": self.state.phase,
             **figures,
             "grad_norm": float(report.grad_norm),
-            "slow_ratio": _number(report.slow_ratio),
-            "zero_share": _number(zero_share),
-            "flip_share": _number(report.flip_share),
-            "memory_mb": _memory_mb(self.device),
+            "slow_ratio": number(report.slow_ratio),
+            "zero_share": number(zero_share),
+            "flip_share": number(report.flip_share),
+            "memory_mb": memory_mb(self.device),
             "elapsed_s": self._clock(),
         }
         state.train_loss, state.train_accuracy = row["loss"], row["accuracy"]
@@ -489,20 +487,7 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def _number(value: Tensor | None) -> float | None:
-    return None if value is None else float(value)
-
-
 def _better(best: float | None, value: float | None, choose: Callable[..., float]) -> float | None:
     if value is None or not math.isfinite(value):
         return best
     return value if best is None else choose(best, value)
-
-
-def _memory_mb(device: torch.device) -> float:
-    """Peak memory in MiB: of the allocator on CUDA, of the process elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    # Linux counts in KiB, macOS in bytes.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)

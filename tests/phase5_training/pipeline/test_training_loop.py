@@ -93,7 +93,11 @@ def test_events_fire_in_the_order_of_the_picture(tmp_path):
     registry = CallbackRegistry()
     fired = record(registry)
     loop = make_loop(
-        tmp_path, registry=registry, checkpoint_interval=5, early=EarlyStopping(patience=1, mode="max")
+        tmp_path,
+        registry=registry,
+        log_interval=5,
+        checkpoint_interval=5,
+        early=EarlyStopping(patience=1, mode="max"),
     )
     loop.train(Loader(), cross_entropy, Loader())
     picture = events.__doc__.split("::", 1)[1]
