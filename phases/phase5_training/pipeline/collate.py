@@ -1,0 +1,223 @@
+"""Columns into batches: labels to class numbers, text to tokens, padding, next-token shift."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from cachetools import LRUCache
+
+from phase5_training.errors import DataError
+from phase5_training.pipeline.formats.column_stats import label_text
+from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, as_ragged, as_rows
+from phase5_training.pipeline.formats.record_columns import narrow
+from phase5_training.pipeline.formats.source import Source, Tokenizer
+from phase5_training.pipeline.formats.spec import IGNORED_LABEL, DataSpec, TargetSpec
+
+PAD_MULTIPLE = 8  # widths the matrix units like; also fewer distinct shapes to compile for
+
+
+class Collator:
+    """Makes batches of one data set.
+
+    Args:
+        spec: what the data are.
+        tokenizer: for text inputs.
+
+    Example:
+        >>> from phase5_training.pipeline.formats.text import ByteTokenizer
+        >>> spec = DataSpec(task="classification", input_kind="tokens", input_shape=(None,),
+        ...                 input_dtype="int64", target_kind="class", class_names=("no", "yes"), ragged=True)
+        >>> batch = Collator(spec, ByteTokenizer())(Columns(np.arange(2), ["a", "bcd"], ["yes", "no"]))
+        >>> batch["input"].shape, batch["target"].tolist()
+        (torch.Size([2, 8]), [1, 0])
+    """
+
+    def __init__(self, spec: DataSpec, tokenizer: Tokenizer) -> None:
+        self.spec, self.tokenizer = spec, tokenizer
+        if spec.target_kind == "multi":
+            self._targets = spec.targets
+        else:
+            self._targets = {"": TargetSpec(kind=spec.target_kind, class_names=spec.class_names)}
+        self._codes = {
+            name: {label: i for i, label in enumerate(target.class_names)}
+            for name, target in self._targets.items()
+            if target.class_names is not None
+        }
+
+    def encode(self, columns: Columns) -> Columns:
+        """Text to tokens and labels to numbers: the part worth doing once and keeping."""
+        if columns.bad:
+            position, reason = next(iter(columns.bad.items()))
+            raise DataError(f"record {position} {reason}; the data changed after they were checked")
+        inputs, target = self._numbers(columns.input, self.spec.ragged), columns.target
+        encoded: Targets
+        if self.spec.task == "next_token":
+            encoded = None
+            if target is not None:  # a text to follow a text: only the second is learned
+                answers = as_rows(self._numbers(target, True))  # type: ignore[arg-type]
+                prompts = as_rows(inputs)
+                inputs = Ragged.from_rows([np.concatenate(p) for p in zip(prompts, answers, strict=True)])
+                ignored = [np.full(len(p), IGNORED_LABEL, np.int64) for p in prompts]
+                encoded = Ragged.from_rows([np.concatenate(p) for p in zip(ignored, answers, strict=True)])
+        elif isinstance(target, dict):
+            encoded = {name: self._label(name, target[name]) for name in self._targets}
+        else:
+            encoded = None if target is None else self._label("", target)
+        return Columns(columns.index, inputs, encoded, columns.quality)
+
+    def _numbers(self, values: Values, ragged: bool) -> Values:
+        if isinstance(values, list):
+            if values and isinstance(values[0], (str, bytes)):
+                return self.tokenizer.encode(values)
+            return as_ragged(values) if ragged else self._stacked(values)
+        return as_ragged(values) if ragged else values
+
+    def _stacked(self, values: list) -> np.ndarray:
+        try:
+            return np.stack(values)
+        except ValueError as error:
+            shapes = sorted({np.shape(v) for v in values})[:4]
+            raise DataError(
+                f"inputs of shapes {shapes} in one batch; wanted {self.spec.input_shape}"
+            ) from error
+
+    def _label(self, name: str, values: Values) -> Values:
+        if name in self._codes and isinstance(values, list):
+            codes = self._codes[name]
+            try:
+                return np.array([codes[label_text(label)] for label in values], np.int64)
+            except KeyError as error:
+                raise DataError(
+                    f"label {error} is none of the {len(codes)} classes found before training"
+                ) from None
+        if isinstance(values, list):
+            return np.stack(values)
+        return as_ragged(values) if self.spec.ragged and self.spec.target_kind == "tokens" else values
+
+    def __call__(self, columns: Columns) -> dict[str, Any]:
+        """A batch: ``input`` (n, ...), ``target`` (n, ...) or a dict of them, ``index`` (n,) int64."""
+        return self.collate(self.encode(columns))
+
+    def collate(self, columns: Columns) -> dict[str, Any]:
+        """Encoded columns as tensors."""
+        spec = self.spec
+        target: Any
+        if spec.task == "next_token":
+            inputs, target = self._next_token(columns.input, columns.target)
+        else:
+            inputs = self._input(columns.input)
+            if spec.target_kind == "multi":
+                assert isinstance(columns.target, dict)
+                target = {
+                    name: torch.from_numpy(_cast(columns.target[name], self._targets[name].kind))
+                    for name in self._targets
+                }
+            elif spec.target_kind == "tokens":
+                target = torch.from_numpy(self._positions(columns.target, inputs.shape[1]))
+            else:
+                target = torch.from_numpy(_cast(columns.target, spec.target_kind))
+            inputs = torch.from_numpy(inputs)
+        return {"input": inputs, "target": target, "index": torch.from_numpy(columns.index)}
+
+    def _width(self, longest: int) -> int:
+        """Columns for sequences up to ``longest``: a multiple of 8, never more than max_length."""
+        width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+        return width if self.spec.max_length is None else min(width, self.spec.max_length)
+
+    def _input(self, values: Values) -> np.ndarray:
+        if isinstance(values, Ragged):
+            return values.padded(self._width(int(values.lengths.max())), self.spec.pad_id)
+        if self.spec.input_kind == "features":
+            return _owned(np.asarray(values), np.float32)
+        array = np.asarray(values)
+        if self.spec.max_length is not None and array.ndim > 1:
+            array = array[:, : self.spec.max_length]
+        return _owned(array, np.int64)
+
+    def _positions(self, values: Any, width: int) -> np.ndarray:
+        """Per-position labels, cut and padded as the inputs are."""
+        if isinstance(values, Ragged):
+            return values.padded(width, IGNORED_LABEL)
+        array = _owned(values[:, :width], np.int64)
+        short = width - array.shape[1]
+        return np.pad(array, ((0, 0), (0, short)), constant_values=IGNORED_LABEL) if short else array
+
+    def _next_token(self, values: Values, target: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(values, Ragged):
+            width = self._width(max(int(values.lengths.max()) - 1, 1)) + 1
+            tokens = values.padded(width, self.spec.pad_id)
+            wanted = (values if target is None else target).padded(width, IGNORED_LABEL)
+        else:
+            limit = None if self.spec.max_length is None else self.spec.max_length + 1
+            tokens = wanted = _owned(np.asarray(values)[:, :limit], np.int64)
+        inputs = torch.from_numpy(tokens)[:, :-1].contiguous()
+        return inputs, torch.from_numpy(wanted)[:, 1:].contiguous()
+
+
+def _owned(array: np.ndarray, dtype: type) -> np.ndarray:
+    """Of the wanted type, in one piece, and writable: torch shares the memory."""
+    if array.dtype.kind == "f" and dtype is np.float32:
+        array = narrow(array)
+    array = np.ascontiguousarray(array, dtype)
+    return array if array.flags.writeable else array.copy()
+
+
+def _cast(values: Any, kind: str) -> np.ndarray:
+    return _owned(np.asarray(values), np.float32 if kind == "float" else np.int64)
+
+
+class SampleCache:
+    """Encoded samples of a source that has to parse text for each, the latest used kept.
+
+    Args:
+        capacity: samples kept.
+    """
+
+    def __init__(self, source: Source, collator: Collator, capacity: int) -> None:
+        self._source, self._collator = source, collator
+        self._kept: LRUCache[int, tuple] = LRUCache(capacity)
+        self.hits = self.lookups = 0
+
+    def fetch(self, indices: np.ndarray) -> Columns:
+        """Encoded columns of the samples at ``indices``, reading only those not kept."""
+        wanted = indices.tolist()
+        rows = {i: self._kept[i] for i in wanted if i in self._kept}
+        missing = [i for i in dict.fromkeys(wanted) if i not in rows]
+        self.lookups += len(wanted)
+        self.hits += len(wanted) - len(missing)
+        if missing:
+            columns = self._collator.encode(self._source.gather(np.array(missing, np.int64)))
+            for i, row in zip(missing, _split(columns), strict=True):
+                rows[i] = self._kept[i] = row
+        return _join(np.asarray(indices, np.int64), [rows[i] for i in wanted], self._collator.spec.ragged)
+
+
+def _split(columns: Columns) -> list[tuple]:
+    # Copies, so that a kept row does not hold the whole batch it came with.
+    inputs = [np.array(row) for row in as_rows(columns.input)]
+    target = columns.target
+    if target is None:
+        return [(row, None) for row in inputs]
+    if isinstance(target, dict):
+        names = list(target)
+        parts = zip(*(as_rows(target[name]) for name in names), strict=True)
+        return [(row, dict(zip(names, part, strict=True))) for row, part in zip(inputs, parts, strict=True)]
+    return [(row, np.array(t)) for row, t in zip(inputs, as_rows(target), strict=True)]
+
+
+def _join(index: np.ndarray, rows: list[tuple], ragged: bool) -> Columns:
+    inputs, first = _stack([row[0] for row in rows], ragged), rows[0][1]
+    target: Targets
+    if first is None:
+        target = None
+    elif isinstance(first, dict):
+        target = {name: _stack([row[1][name] for row in rows], False) for name in first}
+    else:
+        target = _stack([row[1] for row in rows], ragged and first.ndim == 1 and first.dtype.kind == "i")
+    return Columns(index, inputs, target)
+
+
+def _stack(rows: list, ragged: bool) -> Values:
+    return Ragged.from_rows(rows) if ragged else np.stack(rows)

@@ -1,0 +1,130 @@
+"""One reader a format, and the one place that chooses among them.
+
+`open_source` turns a path, a list of paths, a folder or a glob into a `Source`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from phase5_training.errors import DataError
+from phase5_training.pipeline.formats.binary import open_npy, open_npz, open_safetensors, open_tokens
+from phase5_training.pipeline.formats.hdf5 import open_hdf5
+from phase5_training.pipeline.formats.json import open_json, open_json_lines
+from phase5_training.pipeline.formats.pickle import open_pickle
+from phase5_training.pipeline.formats.source import ReadOptions, ShardedSource, Source
+from phase5_training.pipeline.formats.text import open_text
+
+Opener = Callable[[Path, ReadOptions], Source]
+
+READERS: dict[str, Opener] = {
+    ".json": open_json,
+    ".jsonl": open_json_lines,
+    ".ndjson": open_json_lines,
+    ".h5": open_hdf5,
+    ".hdf5": open_hdf5,
+    ".pkl": open_pickle,
+    ".pickle": open_pickle,
+    ".pt": open_pickle,
+    ".pth": open_pickle,
+    ".npy": open_npy,
+    ".npz": open_npz,
+    ".safetensors": open_safetensors,
+}
+# Formats whose files join into one stream of tokens.
+STREAM_READERS: dict[str, Callable[[list[Path], ReadOptions], Source]] = {
+    ".bin": open_tokens,
+    ".txt": open_text,
+}
+EXTENSIONS = (*READERS, *STREAM_READERS)
+
+
+def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions | None = None) -> Source:
+    """Open data files.
+
+    Args:
+        where: a file, a list of files, a folder (read with its subfolders, in name order) or a glob
+            pattern. Several files must be of one format.
+        options: how to read; the defaults load what fits in memory.
+
+    Raises:
+        DataError: nothing there, an unknown extension, mixed formats, or what the reader finds.
+    """
+    options = options or ReadOptions()
+    several = isinstance(where, (list, tuple))
+    files = [file for item in (where if several else [where]) for file in _files(Path(item))]  # type: ignore[union-attr,list-item]
+    if not files:
+        raise DataError("the list of data files is empty; name at least one file")
+    kinds = {_reader(file) for file in files}
+    if len(kinds) > 1:
+        names = sorted({file.suffix.lower() for file in files})
+        raise DataError(f"{files[0].parent}: files of different formats {names}; use one format at a time")
+    suffix = files[0].suffix.lower()
+    if suffix in STREAM_READERS:
+        return STREAM_READERS[suffix](files, options)
+    sources = [READERS[suffix](file, options) for file in files]
+    return sources[0] if len(sources) == 1 else ShardedSource(sources)
+
+
+def _reader(file: Path) -> Callable:
+    suffix = file.suffix.lower()
+    if suffix in READERS:
+        return READERS[suffix]
+    if suffix in STREAM_READERS:
+        return STREAM_READERS[suffix]
+    near = difflib.get_close_matches(suffix, EXTENSIONS, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise DataError(
+        f"{file}: unknown extension {suffix or '(none)'!r}; {hint}known are {', '.join(EXTENSIONS)}"
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The data files a path stands for."""
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _folder(path)
+    if glob.has_magic(str(path)):
+        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if found:
+            return [file for file in found if not _beside(file)]
+        raise DataError(f"{path}: no file matches this pattern")
+    folder = path.parent
+    if not folder.is_dir():
+        raise DataError(f"{path}: no such file; the folder {folder} does not exist either")
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    else:
+        hint = f"the folder holds {', '.join(names[:5]) or 'nothing'}{' ...' if len(names) > 5 else ''}"
+    raise DataError(f"{path}: no such file; {hint}")
+
+
+def _folder(folder: Path) -> list[Path]:
+    root = folder.resolve()
+    files = []
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if hidden or not file.is_file() or file.suffix.lower() not in EXTENSIONS or _beside(file):
+            continue
+        if not file.resolve().is_relative_to(root):
+            raise DataError(f"{file}: a link that leads out of the data folder; copy the file in")
+        files.append(file)
+    if not files:
+        raise DataError(f"{folder}: holds no data file; known extensions are {', '.join(EXTENSIONS)}")
+    return files
+
+
+def _beside(file: Path) -> bool:
+    """Whether a file belongs to another one: the sidecar of a .bin, the targets of a .npy."""
+    if file.suffix == ".json":
+        return file.with_suffix("").suffix == ".bin" or file.with_suffix(".bin").is_file()
+    for part in ("_targets", "_quality"):
+        if file.suffix == ".npy" and file.stem.endswith(part):
+            return file.with_name(file.stem.removesuffix(part) + ".npy").is_file()
+    return False

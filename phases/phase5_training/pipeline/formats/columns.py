@@ -1,0 +1,176 @@
+"""Columns: the shape in which every reader hands over records.
+
+A column is one of three things: a numpy array with one row per record, a `Ragged` array of integer
+sequences of different lengths, or a list (of text, or of arrays whose shapes differ). Batches are
+gathered column by column, never record by record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+
+class Ragged:
+    """Integer sequences of different lengths in one flat array.
+
+    Args:
+        flat: (total,) every element, one sequence after another.
+        offsets: (n + 1,) int64; sequence i is ``flat[offsets[i]:offsets[i + 1]]``.
+
+    Example:
+        >>> rows = Ragged.from_rows([np.array([1, 2, 3]), np.array([4])])
+        >>> rows.take(np.array([1, 0])).padded(4, fill=0).tolist()
+        [[4, 0, 0, 0], [1, 2, 3, 0]]
+    """
+
+    __slots__ = ("flat", "offsets")
+
+    def __init__(self, flat: np.ndarray, offsets: np.ndarray) -> None:
+        self.flat = flat
+        self.offsets = offsets
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[np.ndarray]) -> Ragged:
+        """Join 1-D arrays; their element types are promoted to a common one."""
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        flat = np.concatenate(rows) if len(rows) else np.zeros(0, np.int64)
+        return cls(flat, offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) int64 length of each sequence."""
+        return np.diff(self.offsets)
+
+    def row(self, i: int) -> np.ndarray:
+        """Sequence i, as a view."""
+        return self.flat[self.offsets[i] : self.offsets[i + 1]]
+
+    def take(self, rows: np.ndarray | slice) -> Ragged:
+        """The chosen sequences, gathered in one indexing operation."""
+        lengths = self.lengths[rows]
+        offsets = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        shift = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
+        return Ragged(self.flat[shift + np.arange(offsets[-1])], offsets)
+
+    def padded(self, width: int, fill: int) -> np.ndarray:
+        """(n, width) int64: sequences cut at ``width`` and right-padded with ``fill``."""
+        if not len(self.flat):
+            return np.full((len(self), width), fill, np.int64)
+        columns = np.arange(width)
+        positions = np.minimum(self.offsets[:-1, None] + columns, len(self.flat) - 1)
+        inside = columns < self.lengths[:, None]
+        return np.where(inside, self.flat[positions], fill).astype(np.int64, copy=False)
+
+
+Values: TypeAlias = np.ndarray | Ragged | list
+Targets: TypeAlias = Values | dict[str, Values] | None
+
+
+@dataclass
+class Columns:
+    """Some records as columns.
+
+    ``index`` (n,) int64 holds each record's position in its source; ``quality`` (n,) float64 is NaN
+    where a record states none. Records the reader could not turn into numbers are not in the columns:
+    ``bad`` names them (position -> reason), and the caller decides whether that fails the run.
+    """
+
+    index: np.ndarray
+    input: Values
+    target: Targets = None
+    quality: np.ndarray | None = None
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def take(self, rows: np.ndarray | slice) -> Columns:
+        """The chosen rows of every column (views where ``rows`` is a slice of arrays)."""
+        return Columns(
+            self.index[rows],
+            take_values(self.input, rows),
+            take_target(self.target, rows),
+            None if self.quality is None else self.quality[rows],
+        )
+
+
+def take_values(values: Values, rows: np.ndarray | slice) -> Values:
+    """Rows of one column, as a new column."""
+    if isinstance(values, np.ndarray):
+        return np.asarray(values[rows])
+    if isinstance(values, Ragged):
+        return values.take(rows)
+    return values[rows] if isinstance(rows, slice) else [values[i] for i in rows.tolist()]
+
+
+def take_target(target: Targets, rows: np.ndarray | slice) -> Targets:
+    """`take_values` for a target column, which may be absent or a dict of columns."""
+    if target is None:
+        return None
+    if isinstance(target, dict):
+        return {name: take_values(values, rows) for name, values in target.items()}
+    return take_values(target, rows)
+
+
+def as_rows(values: Values) -> list:
+    """One column as a list with one element per record."""
+    return [values.row(i) for i in range(len(values))] if isinstance(values, Ragged) else list(values)
+
+
+def concat_values(parts: Sequence[Values]) -> Values:
+    """Columns of several chunks as one; a list or ragged array only where the shapes demand it."""
+    if len(parts) == 1:
+        return parts[0]
+    arrays = [p for p in parts if isinstance(p, np.ndarray)]
+    if len(arrays) == len(parts) and len({p.shape[1:] for p in arrays}) == 1:
+        return np.concatenate(arrays)
+    if any(isinstance(p, list) for p in parts):
+        return [row for part in parts for row in as_rows(part)]
+    if all(isinstance(p, Ragged) or (p.ndim == 2 and p.dtype.kind == "i") for p in parts):
+        ragged = [as_ragged(p) for p in parts]
+        starts = np.cumsum([0, *(r.offsets[-1] for r in ragged)])
+        offsets = [r.offsets[:-1] + start for r, start in zip(ragged, starts[:-1], strict=True)]
+        return Ragged(np.concatenate([r.flat for r in ragged]), np.concatenate([*offsets, starts[-1:]]))
+    return [row for part in parts for row in as_rows(part)]
+
+
+def concat(chunks: Sequence[Columns]) -> Columns:
+    """Several chunks as one. Their targets must agree in presence and names (the scan checks it)."""
+    if len(chunks) == 1:
+        return chunks[0]
+    first = chunks[0].target
+    target: Targets
+    if first is None:
+        target = None
+    elif isinstance(first, dict):
+        target = {name: concat_values([c.target[name] for c in chunks]) for name in first}  # type: ignore[index,call-overload]
+    else:
+        target = concat_values([c.target for c in chunks])  # type: ignore[misc]
+    has_quality = any(c.quality is not None for c in chunks)
+    quality = [np.full(len(c), np.nan) if c.quality is None else c.quality for c in chunks]
+    return Columns(
+        np.concatenate([c.index for c in chunks]),
+        concat_values([c.input for c in chunks]),
+        target,
+        np.concatenate(quality) if has_quality else None,
+        {position: reason for c in chunks for position, reason in c.bad.items()},
+    )
+
+
+def as_ragged(values: Values) -> Ragged:
+    """Sequences of integers, equal in length or not, as a `Ragged`."""
+    if isinstance(values, Ragged):
+        return values
+    if isinstance(values, np.ndarray):
+        n, length = values.shape
+        return Ragged(np.ascontiguousarray(values).reshape(-1), np.arange(n + 1, dtype=np.int64) * length)
+    return Ragged.from_rows(values)

@@ -1,0 +1,260 @@
+"""HDF5: /dataset/inputs, /dataset/targets (an array or a group of named ones), /dataset/quality.
+
+The two arrays may also lie at the top level. The file is opened by each process when it first reads:
+an HDF5 handle must not cross a fork. Everything that makes HDF5 read another file or run code from
+one (external links and storage, virtual data sets, plug-in filters) is refused.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from phase5_training.errors import DataError
+from phase5_training.pipeline.formats.columns import Columns, Targets, Values
+from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
+from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
+from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source
+
+# Filters inside the HDF5 library itself; any other is code from a plug-in folder.
+_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
+_MAX_LINKS = 8
+
+
+def open_hdf5(path: Path, options: ReadOptions) -> Source:
+    """An HDF5 file as a source: loaded when it fits, read in place when not.
+
+    Raises:
+        DataError: not HDF5, inputs missing, rows that do not match, or a feature that is refused.
+    """
+    source = Hdf5Source(path)
+    if not options.loads(source.nbytes):
+        return source
+    arrays = {name: source.read_all(name) for name in source.names}
+    details = {k: v for k, v in source.describe().items() if k in ("attributes", "metadata")}
+    return source_from_arrays(arrays, "hdf5", str(path), details=details)
+
+
+class Hdf5Source:
+    """Reads records of an HDF5 file in place.
+
+    ``names`` maps column names (inputs, targets, targets.NAME, quality) to paths in the file.
+    """
+
+    format = "hdf5"
+    access: Access = "mapped"
+    vocab_size = None
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.paths = path, [str(path)]
+        self._file: h5py.File | None = None
+        self._pid = -1
+        self._handles: dict[str, h5py.Dataset] = {}
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            reason = str(error).split("(")[0].strip()
+            raise DataError(f"{path}: cannot be opened as HDF5 ({reason})") from error
+        with file:
+            self.names, group = self._find(file)
+            rows = {name: self._check(file, name, where) for name, where in self.names.items()}
+            self._length = rows["inputs"]
+            for name, n in rows.items():
+                if n != self._length:
+                    raise DataError(
+                        f"{path}: inputs has {self._length} rows and {name} has {n}; wanted as many"
+                    )
+            if not self._length:
+                raise DataError(f"{path}: {self.names['inputs']} is empty; wanted at least one record")
+            sets = [file[where] for where in self.names.values()]
+            self.nbytes = sum(d.size * max(d.dtype.itemsize, 1) for d in sets)
+            self._row_bytes = max(1, file[self.names["inputs"]].nbytes // self._length)
+            self._attributes = {k: _plain(v) for k, v in group.attrs.items()}
+            metadata = group.get("metadata")
+            self._metadata = {k: _plain(v) for k, v in metadata.attrs.items()} if metadata is not None else {}
+
+    def _refuse_links(self, group: h5py.Group, where: str) -> None:
+        """Refuse a path that leaves the file at any step, through any chain of soft links."""
+        for _ in range(_MAX_LINKS):
+            node, parts = group, [part for part in where.split("/") if part]
+            for i, part in enumerate(parts):
+                link = node.get(part, getlink=True)
+                if isinstance(link, h5py.ExternalLink):
+                    raise DataError(
+                        f"{self.path}: {part!r} is an external link to {link.filename!r}; "
+                        "data files may not read other files: copy the data in"
+                    )
+                if isinstance(link, h5py.SoftLink):
+                    rest = "/".join(parts[i + 1 :])
+                    base = "" if link.path.startswith("/") else node.name.rstrip("/") + "/"
+                    group, where = group.file["/"], f"{base}{link.path}/{rest}"
+                    break
+                node = node[part]
+            else:
+                return
+        raise DataError(f"{self.path}: {where!r} is a chain of more than {_MAX_LINKS} soft links")
+
+    def _find(self, file: h5py.File) -> tuple[dict[str, str], h5py.Group]:
+        """Column names -> paths in the file, and the group that holds them."""
+        group: h5py.Group = file
+        try:
+            if "dataset" in file:
+                self._refuse_links(file, "dataset")
+                group = file["dataset"]
+            keys = list(group.keys()) if isinstance(group, h5py.Group) else []
+            input_key, target_key = choose_key(keys, INPUT_KEYS), choose_key(keys, TARGET_KEYS)
+            quality_key = choose_key(keys, QUALITY_KEYS)
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{self.path}: {group.name} {error}") from error
+        if input_key is None:
+            raise DataError(
+                f"{self.path}: no array /dataset/inputs (the file holds {sorted(file.keys())[:6]}"
+                f"{', dataset holds ' + str(sorted(keys)[:6]) if group is not file else ''})"
+            )
+        base = group.name.rstrip("/")
+        for key in (input_key, target_key, quality_key, "metadata"):
+            if key in keys:
+                self._refuse_links(file, f"{base}/{key}")
+        names = {"inputs": f"{base}/{input_key}"}
+        if target_key is not None:
+            target = group[target_key]
+            if isinstance(target, h5py.Group):
+                for name in target:
+                    self._refuse_links(file, f"{base}/{target_key}/{name}")
+                names |= {f"targets.{name}": f"{base}/{target_key}/{name}" for name in sorted(target)}
+            else:
+                names["targets"] = f"{base}/{target_key}"
+        if quality_key is not None:
+            names["quality"] = f"{base}/{quality_key}"
+        elif isinstance(group.get("metadata"), h5py.Group) and "quality" in group["metadata"]:
+            self._refuse_links(file, f"{base}/metadata/quality")
+            names["quality"] = f"{base}/metadata/quality"
+        return names, group
+
+    def _check(self, file: h5py.File, name: str, where: str) -> int:
+        """Rows of a data set; refuses what reads elsewhere, or declares more than the file holds."""
+        data = file[where]
+        if not isinstance(data, h5py.Dataset) or data.shape is None or not data.shape:
+            raise DataError(f"{self.path}: {where} is not an array with one row per record")
+        if data.is_virtual:
+            raise DataError(
+                f"{self.path}: {where} is a virtual data set, it reads other files; copy the data in"
+            )
+        if data.external:
+            raise DataError(f"{self.path}: {where} is stored in {data.external[0][0]!r}; copy the data in")
+        properties = data.id.get_create_plist()
+        for i in range(properties.get_nfilters()):
+            number = properties.get_filter(i)[0]
+            if number not in _FILTERS:
+                raise DataError(
+                    f"{self.path}: {where} is compressed by plug-in filter {number}; "
+                    f"write it with {', '.join(sorted(_FILTERS.values()))} or none"
+                )
+        text = h5py.check_string_dtype(data.dtype)
+        if text is None and data.dtype.kind not in "biuf":
+            raise DataError(f"{self.path}: {where} holds {data.dtype}; wanted numbers or strings")
+        if data.chunks:
+            written, needed = data.id.get_num_chunks(), 1
+            for size, chunk in zip(data.shape, data.chunks, strict=True):
+                needed *= -(-size // chunk)
+        else:
+            written, needed = data.id.get_storage_size(), data.size * data.dtype.itemsize
+        if written < needed:
+            raise DataError(
+                f"{self.path}: {where} declares shape {data.shape} but only {written} of {needed} "
+                f"{'chunks' if data.chunks else 'bytes'} are in the file"
+            )
+        return int(data.shape[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_handles": {}, "_pid": -1}
+
+    def _data(self, name: str) -> h5py.Dataset:
+        if self._pid != os.getpid():
+            # Opened before a fork: leave the parent's handle alone and open our own.
+            self._handles, self._pid = {}, os.getpid()
+            self._file = h5py.File(self.path, "r")
+        if name not in self._handles:
+            assert self._file is not None
+            self._handles[name] = self._file[self.names[name]]
+        return self._handles[name]
+
+    def read_all(self, name: str) -> np.ndarray:
+        """One column, whole; strings as Python objects."""
+        return _read(self._data(name), slice(None))
+
+    def _gather(self, name: str, indices: np.ndarray) -> Values:
+        """Rows in any order: touched chunks are read once each, in file order."""
+        data = self._data(name)
+        order = np.argsort(indices, kind="stable")
+        wanted = indices[order]
+        rows = data.chunks[0] if data.chunks else max(1, CHUNK_BYTES // 64 // self._row_bytes)
+        cuts = np.flatnonzero(np.diff(wanted // rows)) + 1
+        parts = []
+        for group in np.split(wanted, cuts):
+            first = int(group[0])
+            parts.append(_read(data, slice(first, int(group[-1]) + 1))[group - first])
+        values = np.concatenate(parts)[np.argsort(order)]
+        return values.tolist() if values.dtype.kind == "O" else values
+
+    def _columns(self, indices: np.ndarray) -> Columns:
+        columns = {name: self._gather(name, indices) for name in self.names}
+        named = {k[8:]: v for k, v in columns.items() if k.startswith("targets.")}
+        target: Targets = named or columns.get("targets")
+        quality = columns.get("quality")
+        return Columns(
+            indices.astype(np.int64),
+            columns["inputs"],
+            target,
+            None if quality is None else np.asarray(quality, np.float64),
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def gather(self, indices: np.ndarray) -> Columns:
+        """See `Source.gather`."""
+        return self._columns(np.asarray(indices, np.int64))
+
+    def iterate(self) -> Iterator[Columns]:
+        """See `Source.iterate`."""
+        step = max(1, min(CHUNK_BYTES // self._row_bytes, 1 << 16))
+        for start in range(0, self._length, step):
+            yield self._columns(np.arange(start, min(start + step, self._length)))
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """See `Source.locate`."""
+        return self.paths[0], index
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        return {
+            "format": self.format,
+            "access": "in place",
+            "records": self._length,
+            "attributes": self._attributes,
+            "metadata": self._metadata,
+        }
+
+
+def _read(data: h5py.Dataset, rows: slice) -> np.ndarray:
+    if h5py.check_string_dtype(data.dtype) is not None:
+        values = data.asstr(errors="replace")[rows]
+        return np.asarray(values, dtype=object)
+    return data[rows]
+
+
+def _plain(value: Any) -> Any:
+    """An attribute as something JSON can hold; arrays are cut to their first eight values."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, np.ndarray):
+        return value.reshape(-1)[:8].tolist()
+    return value.item() if isinstance(value, np.generic) else str(value)

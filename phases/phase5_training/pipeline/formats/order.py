@@ -1,0 +1,99 @@
+"""The order of samples: a pure function of (seed, epoch), with no state to save.
+
+The keys come from numpy's Philox bit generator, whose raw output is fixed by its specification;
+`Generator.permutation` is not used, as its result may change between numpy versions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_SPLIT, _EPOCH, _WINDOW = 1, 2, 3  # keep the draws for different purposes apart
+
+
+def _keys(n: int, *seed: int) -> np.ndarray:
+    return np.random.Philox(np.random.SeedSequence(seed)).random_raw(n)
+
+
+def split_indices(
+    records: int, keep: np.ndarray | None, held_out: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide records into (train, validation) positions, both in file order.
+
+    A record's side hangs on (seed, its position) only, apart from the few at the border.
+
+    Args:
+        records: how many the source has.
+        keep: positions of the usable ones; None: all.
+        held_out: how many go to validation.
+        seed: fixes the choice.
+
+    Example:
+        >>> train, validation = split_indices(10, None, 3, seed=0)
+        >>> len(train), len(validation), len(np.intersect1d(train, validation))
+        (7, 3, 0)
+    """
+    usable = np.arange(records) if keep is None else keep
+    keys = _keys(records, _SPLIT, seed)[usable]
+    chosen = np.zeros(len(usable), bool)
+    chosen[np.argsort(keys, kind="stable")[:held_out]] = True
+    return usable[~chosen], usable[chosen]
+
+
+class EpochOrder:
+    """The samples of an epoch in order, any stretch of it at once.
+
+    Args:
+        n: samples in an epoch.
+        indices: their positions in the source, ascending; None: 0 to n - 1.
+        seed: with the epoch's number it fixes the order.
+        shuffle: False keeps the order of ``indices``.
+        window: None shuffles the whole epoch. A number shuffles only within windows of so many
+            neighbors (their borders move from epoch to epoch), for data read forward.
+
+    Example:
+        >>> order = EpochOrder(5, None, seed=0)
+        >>> sorted(order.slice(epoch=3, start=0, stop=5).tolist())
+        [0, 1, 2, 3, 4]
+    """
+
+    def __init__(
+        self,
+        n: int,
+        indices: np.ndarray | None,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        window: int | None = None,
+    ) -> None:
+        self.n, self.indices, self._seed, self._shuffle = n, indices, seed, shuffle
+        self._window = window
+        # The permutation last used: of an epoch, or of a window of it.
+        self._kept: tuple[tuple[int, int], np.ndarray] | None = None
+
+    def _permutation(self, epoch: int, part: int, start: int, stop: int) -> np.ndarray:
+        if self._kept is None or self._kept[0] != (epoch, part):
+            keys = _keys(stop - start, _EPOCH, self._seed, epoch, part)
+            self._kept = ((epoch, part), start + np.argsort(keys, kind="stable"))
+        return self._kept[1]
+
+    def slice(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """(stop - start,) int64 positions of the samples ``start`` to ``stop`` of an epoch."""
+        if not self._shuffle:
+            places = np.arange(start, stop)
+        elif self._window is None:
+            places = self._permutation(epoch, 0, 0, self.n)[start:stop]
+        else:
+            places = self._windowed(epoch, start, stop, self._window)
+        return places.astype(np.int64) if self.indices is None else self.indices[places].astype(np.int64)
+
+    def _windowed(self, epoch: int, start: int, stop: int, window: int) -> np.ndarray:
+        shift = int(_keys(1, _WINDOW, self._seed, epoch)[0] % window)
+        parts = []
+        while start < stop:
+            part = (start + shift) // window
+            first, last = max(part * window - shift, 0), min((part + 1) * window - shift, self.n)
+            places = self._permutation(epoch, part, first, last)
+            parts.append(places[start - first : stop - first])
+            start = last
+        return np.concatenate(parts)

@@ -1,0 +1,193 @@
+"""The one pass over the data before training: what is in it, and which records are left out.
+
+The pass reads every record once with bounded memory (a torch Dataset is sampled). It checks shapes,
+finite values, labels and the kinds of values, applies the quality threshold, and infers `DataSpec`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from phase5_training.errors import DataError
+from phase5_training.pipeline.formats.column_stats import ColumnStats, Reason, every_row, is_text, label_text
+from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values
+from phase5_training.pipeline.formats.infer_spec import build_spec
+from phase5_training.pipeline.formats.source import Source, Tokenizer
+from phase5_training.pipeline.formats.spec import IGNORED_LABEL, DataSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions:
+    """What the scan checks; the fields are those of `DataConfig`."""
+
+    task: str | None = None
+    quality_threshold: float = 0.0
+    invalid_records: Literal["fail", "drop"] = "fail"
+    input_kind: Literal["auto", "features", "tokens"] = "auto"
+    pad_id: int | None = None
+    max_length: int | None = None
+
+
+@dataclass
+class Scan:
+    """What the pass found. ``keep``: positions of the usable records, None when all are usable."""
+
+    spec: DataSpec
+    records: int
+    keep: np.ndarray | None
+    dropped: dict[str, int]
+    truncated: int
+    without_quality: int
+
+
+class Scanner:
+    """Runs the pass; see `scan`."""
+
+    def __init__(
+        self, source: Source, tokenizer: Tokenizer, options: ScanOptions, reference: DataSpec | None
+    ) -> None:
+        self.source, self.tokenizer, self.options, self.reference = source, tokenizer, options, reference
+        self.input = ColumnStats("input", pad=options.pad_id is not None)
+        self.target: dict[str, ColumnStats] | None = None
+        self.named = False
+        self.dropped: Counter[str] = Counter()
+        self.lost: list[int] = []
+        self.truncated = self.without_quality = 0
+
+    def _reasons(self, chunk: Columns, text: bool) -> dict[int, Reason]:
+        """What is wrong with which rows of a chunk; quality first, so that a bad record may be low too."""
+        bad: dict[int, Reason] = {}
+        if self.options.quality_threshold > 0 and chunk.quality is not None:
+            low = np.flatnonzero(chunk.quality < self.options.quality_threshold).tolist()
+            limit = self.options.quality_threshold
+            bad = {i: ("quality", f"has quality {chunk.quality[i]:g}, below {limit:g}") for i in low}
+        found = self.input.check(chunk.input, text)
+        targets = _named(chunk.target)
+        if self.target is None:
+            self.target = {name: ColumnStats(_target_name(name)) for name in targets}
+            self.named = isinstance(chunk.target, dict)
+        if set(targets) != set(self.target):
+            have = sorted(targets) if targets else "no target"
+            want = sorted(self.target) if self.target else "none"
+            sentence = f"has {have}, the records before it have {want}".replace("['']", "a target")
+            return every_row(chunk.input, "target", sentence) | bad
+        for name, values in targets.items():
+            found |= self._target_reasons(self.target[name], values)
+        return found | bad
+
+    def _target_reasons(self, stats: ColumnStats, values: Values) -> dict[int, Reason]:
+        found = stats.check(values)
+        task, what = self.options.task, stats.what
+        if is_text(values) and self.reference is not None and self.reference.class_names is not None:
+            known = set(self.reference.class_names)
+            unknown = [i for i, label in enumerate(values) if label_text(label) not in known]
+            found |= {i: ("label", f"has label {values[i]!r}, which training data lack") for i in unknown}
+        if not isinstance(values, np.ndarray) or values.ndim != 1 or task == "regression":
+            return found
+        if task == "classification" and values.dtype.kind == "f":
+            broken = np.flatnonzero(values != np.floor(values)).tolist()
+            found |= {i: ("label", f"has {what} {values[i]:g}, not a whole-numbered class") for i in broken}
+        if values.dtype.kind in "iu":
+            negative = np.flatnonzero((values < 0) & (values != IGNORED_LABEL)).tolist()
+            found |= {i: ("label", f"has {what} {values[i]}; number the classes from 0") for i in negative}
+        return found
+
+    def run(self, quarantine: Callable[[dict[str, Any]], None] | None) -> Scan:
+        """Walk through the source."""
+        kept = 0
+        for chunk in self.source.iterate():
+            for position, sentence in chunk.bad.items():
+                self._drop(position, "unreadable", sentence, quarantine)
+            text = is_text(chunk.input)
+            if text:
+                chunk.input = self.tokenizer.encode(chunk.input)  # type: ignore[arg-type]
+            bad = self._reasons(chunk, text)
+            for row, (tag, sentence) in sorted(bad.items()):
+                self._drop(int(chunk.index[row]), tag, sentence, quarantine)
+            if bad:
+                chunk = chunk.take(np.setdiff1d(np.arange(len(chunk)), list(bad)))
+            kept += len(chunk)
+            self._take_in(chunk, text)
+        records = len(self.source)
+        if not kept:
+            if not self.dropped:
+                raise DataError(f"{self.source.paths[0]}: the data set is empty; wanted at least one record")
+            why = ", ".join(f"{name} {count}" for name, count in self.dropped.items())
+            raise DataError(f"{self.source.paths[0]}: all {records} records were dropped ({why})")
+        keep = None
+        if self.lost:
+            mask = np.ones(records, bool)
+            mask[self.lost] = False
+            keep = np.flatnonzero(mask)
+        spec = build_spec(self, kept)
+        return Scan(spec, records, keep, dict(self.dropped), self.truncated, self.without_quality)
+
+    def _take_in(self, chunk: Columns, text: bool) -> None:
+        quality = np.full(len(chunk), np.nan) if chunk.quality is None else chunk.quality
+        self.without_quality += int(np.isnan(quality).sum())
+        self.input.update(chunk.input, text)
+        limit = self.options.max_length
+        if limit is not None and isinstance(chunk.input, Ragged):
+            extra = 1 if self._next_token(chunk) else 0
+            self.truncated += int((chunk.input.lengths > limit + extra).sum())
+        for name, values in _named(chunk.target).items():
+            assert self.target is not None
+            self.target[name].update(values)
+
+    def _next_token(self, chunk: Columns) -> bool:
+        return self.options.task == "next_token" or (self.options.task is None and chunk.target is None)
+
+    def _drop(self, position: int, tag: str, sentence: str, quarantine: Callable | None) -> None:
+        file, index = self.source.locate(position)
+        if self.options.invalid_records == "fail" and tag != "quality":
+            raise DataError(f"{file} record {index} {sentence}")
+        self.dropped[tag] += 1
+        self.lost.append(position)
+        if quarantine is not None:
+            quarantine({"file": file, "index": index, "reason": tag, "detail": sentence})
+
+
+def _named(target: Targets) -> dict[str, Values]:
+    if target is None:
+        return {}
+    return target if isinstance(target, dict) else {"": target}
+
+
+def _target_name(name: str) -> str:
+    return f"target {name!r}" if name else "target"
+
+
+def scan(
+    source: Source,
+    tokenizer: Tokenizer,
+    options: ScanOptions | None = None,
+    *,
+    reference: DataSpec | None = None,
+    quarantine: Callable[[dict[str, Any]], None] | None = None,
+) -> Scan:
+    """Look at every record once.
+
+    Args:
+        source: the records.
+        tokenizer: for text inputs.
+        options: checks and policies.
+        reference: the training data's spec, when these are validation data: class names are taken
+            from it, and shapes must agree.
+        quarantine: called with one dict for every record left out.
+
+    Raises:
+        DataError: naming the file and the record.
+
+    Example:
+        >>> from phase5_training.pipeline.formats.source import ArraySource
+        >>> from phase5_training.pipeline.formats.text import ByteTokenizer
+        >>> data = ArraySource("npy", ["x.npy"], np.ones((4, 3)), np.array([0, 1, 2, 1]))
+        >>> scan(data, ByteTokenizer()).spec.num_classes
+        3
+    """
+    return Scanner(source, tokenizer, options or ScanOptions(), reference).run(quarantine)

@@ -1,0 +1,291 @@
+"""What a reader is: `Source`, and the sources that several formats share.
+
+Two ways of reading: `gather` fetches any records by position (one call per column), `iterate` walks
+the file in order with bounded memory. A source that cannot seek gathers through `SequentialWindow`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from phase5_training.errors import DataError
+from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, concat
+
+CHUNK_BYTES = 8 << 20  # what one chunk of a walk through a file may hold
+CHUNK_ROWS = 4096
+
+Access = Literal["memory", "mapped", "parsed"]
+
+
+class Tokenizer(Protocol):
+    """Turns text into token ids; see formats/text.py for the two that exist."""
+
+    vocab_size: int
+    name: str
+
+    def encode(self, texts: Sequence[str | bytes]) -> Ragged:
+        """One row of token ids per text."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How a file is to be opened.
+
+    ``streaming``: keep no whole file in memory. ``window`` (records): how far apart the records of
+    neighboring batches may lie. ``block_length`` (tokens): inputs cut from token streams.
+    ``memory_limit`` (bytes): larger files are mapped or indexed instead of loaded.
+    """
+
+    streaming: bool = False
+    window: int = 4096
+    block_length: int = 256
+    memory_limit: int = 1 << 30
+    tokenizer: Tokenizer | None = None
+
+    def loads(self, size: int) -> bool:
+        """Whether something of ``size`` bytes is to be held in memory."""
+        return not self.streaming and size <= self.memory_limit
+
+
+class Source(Protocol):
+    """Records of one or several files, by position.
+
+    ``access`` says what a gather costs: "memory" and "mapped" are array indexing, "parsed" decodes
+    text and is worth caching. ``vocab_size`` is set where the file declares one.
+    """
+
+    format: str
+    access: Access
+    vocab_size: int | None
+    paths: list[str]
+
+    def __len__(self) -> int: ...
+
+    def gather(self, indices: np.ndarray) -> Columns:
+        """The records at ``indices`` (any order, repeats allowed), in that order."""
+        ...
+
+    def iterate(self) -> Iterator[Columns]:
+        """Every record in file order, in chunks of bounded size."""
+        ...
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """The file a record is in and its position there."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the run's record says about these files."""
+        ...
+
+
+def physical_memory() -> int:
+    """Bytes of memory this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_memory(path: str | Path, size: int, what: str) -> None:
+    """Refuse to hold ``size`` bytes when that is more than half of the machine's memory."""
+    limit = physical_memory() // 2
+    if size > limit:
+        raise DataError(
+            f"{path}: {what} takes {size / 1e9:.1f} GB, more than half of this machine's memory "
+            f"({limit / 1e9:.1f} GB); write it as .npy, .h5 or .jsonl, which can be read in place"
+        )
+
+
+class ArraySource:
+    """Records held as arrays, in memory or mapped from a file; a gather is one index per column.
+
+    Example:
+        >>> source = ArraySource("npy", ["x.npy"], np.eye(3), np.array([5, 6, 7]))
+        >>> source.gather(np.array([2, 0])).target.tolist()
+        [7, 5]
+    """
+
+    def __init__(
+        self,
+        format: str,
+        paths: list[str],
+        input: Values,
+        target: Targets = None,
+        quality: np.ndarray | None = None,
+        *,
+        access: Access = "memory",
+        details: dict[str, Any] | None = None,
+        bad: dict[int, str] | None = None,
+        index: np.ndarray | None = None,
+    ) -> None:
+        self.format, self.paths, self.access = format, paths, access
+        self.vocab_size = None
+        self._bad = bad or {}
+        index = np.arange(len(input), dtype=np.int64) if index is None else index
+        self._columns = Columns(index, input, target, quality, self._bad)
+        self._details = details or {}
+        self._check()
+
+    @classmethod
+    def from_columns(cls, format: str, paths: list[str], columns: Columns, **details: Any) -> ArraySource:
+        """Hold columns that a record reader made."""
+        return cls(
+            format, paths, columns.input, columns.target, columns.quality,
+            bad=columns.bad, index=columns.index, details=details,
+        )  # fmt: skip
+
+    def _check(self) -> None:
+        columns = self._columns
+        n = len(columns.input)
+        named = columns.target if isinstance(columns.target, dict) else {"targets": columns.target}
+        for name, values in {**named, "quality": columns.quality}.items():
+            if values is not None and len(values) != n:
+                raise DataError(
+                    f"{self.paths[0]}: inputs has {n} rows and {name} has {len(values)}; "
+                    "they need one row each per record"
+                )
+
+    def __len__(self) -> int:
+        return len(self._columns) + len(self._bad)
+
+    def _rows(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._columns.index, indices) if self._bad else indices
+
+    def gather(self, indices: np.ndarray) -> Columns:
+        """See `Source.gather`."""
+        return self._columns.take(self._rows(indices))
+
+    def iterate(self) -> Iterator[Columns]:
+        """See `Source.iterate`."""
+        values = self._columns.input
+        row = values[:1].nbytes if isinstance(values, np.ndarray) else 1024
+        step = max(1, min(CHUNK_BYTES // max(row, 1), 1 << 16))
+        n = len(self._columns)
+        for start in range(0, n, step):
+            chunk = self._columns.take(slice(start, min(start + step, n)))
+            if start == 0:
+                chunk.bad = self._bad
+            yield chunk
+        if not n and self._bad:
+            yield self._columns
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """See `Source.locate`."""
+        return self.paths[0], index
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        return {"format": self.format, "access": self.access, "records": len(self), **self._details}
+
+
+class ShardedSource:
+    """Several files of one format, one after another, as one source."""
+
+    def __init__(self, shards: Sequence[Source]) -> None:
+        self._shards = list(shards)
+        self._starts = np.cumsum([0, *(len(s) for s in shards)])
+        self.format = shards[0].format
+        # The dearest access of any shard decides whether caching pays.
+        self.access: Access = max((s.access for s in shards), key=("memory", "mapped", "parsed").index)
+        sizes = {s.vocab_size for s in shards}
+        if len(sizes) > 1:
+            raise DataError(
+                f"{shards[0].paths[0]}: the files state different vocabularies {sorted(map(str, sizes))}"
+            )
+        self.vocab_size = sizes.pop()
+        self.paths = [path for s in shards for path in s.paths]
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _shift(self, columns: Columns, shard: int) -> Columns:
+        start = int(self._starts[shard])
+        columns.index = columns.index + start
+        columns.bad = {position + start: reason for position, reason in columns.bad.items()}
+        return columns
+
+    def gather(self, indices: np.ndarray) -> Columns:
+        """See `Source.gather`."""
+        owner = np.searchsorted(self._starts, indices, side="right") - 1
+        parts, places = [], []
+        for shard in np.unique(owner):
+            rows = np.flatnonzero(owner == shard)
+            part = self._shards[shard].gather(np.asarray(indices[rows] - self._starts[shard]))
+            parts.append(self._shift(part, int(shard)))
+            places.append(rows)
+        if len(parts) == 1:
+            return parts[0]
+        return concat(parts).take(np.argsort(np.concatenate(places)))
+
+    def iterate(self) -> Iterator[Columns]:
+        """See `Source.iterate`."""
+        for number, shard in enumerate(self._shards):
+            for chunk in shard.iterate():
+                yield self._shift(chunk, number)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """See `Source.locate`."""
+        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._shards[shard].locate(index - int(self._starts[shard]))
+
+    def describe(self) -> dict[str, Any]:
+        """See `Source.describe`."""
+        return {
+            "format": self.format,
+            "access": self.access,
+            "records": len(self),
+            "files": len(self._shards),
+        }
+
+
+class SequentialWindow:
+    """Gathers from a file that can only be read forward.
+
+    Keeps the chunks around the last request. It works because streaming asks for records in nearly
+    file order: a request may reach back at most ``window`` records. A request before that (a new
+    epoch, a seek) starts reading the file again.
+
+    Args:
+        open_chunks: starts a walk through the file in order.
+        window: records a later request may lie behind an earlier one.
+    """
+
+    def __init__(self, open_chunks: Callable[[], Iterator[Columns]], window: int) -> None:
+        self._open, self._window = open_chunks, window
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._walk: Iterator[Columns] | None = None
+        self._chunks: list[Columns] = []
+        self._floor = 0  # records before this one are gone
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_open": self._open, "_window": self._window}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._open, self._window = state["_open"], state["_window"]
+        self._reset()
+
+    def gather(self, indices: np.ndarray) -> Columns:
+        """See `Source.gather`."""
+        low, high = int(indices.min()), int(indices.max())
+        # A walk begun before a fork shares its file offset with the parent process.
+        if low < self._floor or self._pid != os.getpid():
+            self._reset()
+        self._walk = self._walk or self._open()
+        while not self._chunks or self._chunks[-1].index[-1] < high:
+            chunk = next(self._walk, None)
+            if chunk is None:
+                raise DataError(f"record {high} is missing: the file became shorter during the run")
+            if len(chunk):
+                self._chunks.append(chunk)
+            while len(self._chunks) > 1 and self._chunks[0].index[-1] < low - self._window:
+                self._floor = int(self._chunks.pop(0).index[-1]) + 1
+        near = [c for c in self._chunks if c.index[-1] >= low and c.index[0] <= high]
+        held = concat(near)
+        return held.take(np.searchsorted(held.index, indices))
