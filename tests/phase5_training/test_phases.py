@@ -190,7 +190,7 @@ def test_errors_carry_their_exit_code_and_builtin_kind() -> None:
 
 @pytest.mark.parametrize(
     ("name", "want"),
-    [("learning_rat", "learning_rate"), ("Epoch-End", "epoch_end"), ("xyz", None), ("", None)],
+    [("learning_rat", "learning_rate"), ("EPOCH-END", "epoch_end"), ("xyz", None), ("", None)],
 )
 def test_nearest_match(name: str, want: str | None) -> None:
     assert nearest_match(name, ["learning_rate", "epoch_end", "seed"]) == want

@@ -69,9 +69,7 @@ def quantization_penalty(model: nn.Module) -> Tensor:
     total: Tensor | None = None
     for _, layer in ternary_layers(model):
         with torch.no_grad():
-            codes, scale = layer.current_codes()
-            # A layer of zeros has scale 0; its latents are at their codes already.
-            scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
+            codes, scale = layer.current_codes()  # the scale of a layer of zeros is above 0
         term = (layer.weight / scale - codes).square().mean()
         total = term if total is None else total + term
     return torch.zeros(()) if total is None else total
