@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
-from phase5_training.report.wording import compact, duration, megabytes, number, share
+from phase5_training.report.wording import compact, duration, is_finite, megabytes, number, share
 
 POINTS_PER_CHART = 1600
 SMOOTH_FROM = 60  # rows; a shorter curve shows its own trend
@@ -315,11 +314,6 @@ def running_mean(y: list[float], window: int) -> list[float]:
         start, end = max(0, i - half), min(len(y), i + half + 1)
         means.append((sums[end] - sums[start]) / (end - start))
     return means
-
-
-def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether it is a number a chart can show."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _extreme(y: list[float], best: str) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phase5_training.records import RunDirectory
-from phase5_training.report.charts import Points, is_finite, points
+from phase5_training.report.charts import Points, points
 from phase5_training.report.summary import Loaded, Table, text
-from phase5_training.report.wording import MISSING, duration, number, one_line, share
+from phase5_training.report.wording import MISSING, duration, is_finite, number, one_line, share, stop_reason
 
 
 def comparison_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -106,7 +106,9 @@ def comparison_of(runs: Sequence[Loaded]) -> list[dict[str, Any]]:
                 "seconds_to_target": (reached or {}).get("elapsed_s"),
                 "best_accuracy": run.best_accuracy,
                 "final_val_loss": run.last("validation", "loss"),
-                "note": run.result.get("stop_reason") or "no result yet",
+                "note": stop_reason(run.result["stop_reason"])
+                if run.result.get("stop_reason")
+                else "no result yet",
             }
         )
     return rows

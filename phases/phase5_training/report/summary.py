@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from phase5_training.records import METRICS, RunDirectory, plain
-from phase5_training.report.charts import Points, Row, is_finite, points
+from phase5_training.report.charts import Points, Row, points
 from phase5_training.report.wording import (
     MISSING,
     compact,
     duration,
+    is_finite,
     label,
     megabytes,
     number,
     one_line,
     share,
+    stop_reason,
 )
 
 STALE_AFTER_S = 600
@@ -165,9 +167,8 @@ def headline(run: Loaded) -> str:
         figures.append("no validation was recorded")
     figures[0] = figures[0][0].upper() + figures[0][1:]
     sentences.append(", ".join(figures))
-    reason = run.result.get("stop_reason")
-    if reason:
-        sentences.append(f"It stopped because: {one_line(str(reason).replace('_', ' '))}")
+    if run.result.get("stop_reason"):
+        sentences.append(f"It ended because {stop_reason(run.result['stop_reason'])}")
     return ". ".join(sentences) + "."
 
 

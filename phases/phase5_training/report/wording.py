@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 MISSING = "–"
+
+
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether it is a number that can be shown: no NaN, no infinity, no bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def number(value: Any, digits: int = 4) -> str:
@@ -16,7 +21,7 @@ def number(value: Any, digits: int = 4) -> str:
         >>> number(1234567), number(0.012345678), number(2.5e-6), number(None)
         ('1,234,567', '0.01235', '2.5e-06', '–')
     """
-    if not _is_number(value):
+    if not is_finite(value):
         return MISSING
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
@@ -34,7 +39,7 @@ def share(value: Any) -> str:
         >>> share(0.4217), share(0.99954), share(1.0), share(None)
         ('42.2%', '99.95%', '100%', '–')
     """
-    if not _is_number(value):
+    if not is_finite(value):
         return MISSING
     if value in (0, 1):
         return f"{value:.0%}"
@@ -51,7 +56,7 @@ def duration(seconds: Any) -> str:
         >>> duration(0.42), duration(42), duration(185), duration(7500), duration(200000)
         ('0.42 s', '42 s', '3 min 05 s', '2 h 05 min', '2 d 7 h')
     """
-    if not _is_number(seconds) or seconds < 0:
+    if not is_finite(seconds) or seconds < 0:
         return MISSING
     if seconds < 9.95:
         return f"{seconds:.2g} s"
@@ -72,7 +77,7 @@ def compact(value: Any) -> str:
         >>> compact(950), compact(12340), compact(10_600_000), compact(0.25)
         ('950', '12.3k', '10.6M', '0.25')
     """
-    if not _is_number(value):
+    if not is_finite(value):
         return MISSING
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 0.9995:
@@ -87,7 +92,7 @@ def megabytes(value: Any) -> str:
         >>> megabytes(0.0421), megabytes(512), megabytes(20480)
         ('42.1 kB', '512 MB', '20.5 GB')
     """
-    if not _is_number(value):
+    if not is_finite(value):
         return MISSING
     if abs(value) < 1:
         return f"{value * 1000:.3g} kB"
@@ -105,6 +110,26 @@ def label(key: str) -> str:
     return words[:1].upper() + words[1:]
 
 
+_STOP_REASONS = {
+    "finished": "all epochs were done",
+    "max_steps": "all steps were done",
+    "max_seconds": "the time given was up",
+    "early_stop": "validation had stopped improving",
+    "interrupted": "it was interrupted",
+    "failed": "it failed",
+}
+
+
+def stop_reason(reason: Any) -> str:
+    """Why a run ended, in words; a reason not known here is given as it is.
+
+    Example:
+        >>> stop_reason("max_steps"), stop_reason("disk_full")
+        ('all steps were done', 'disk full')
+    """
+    return _STOP_REASONS.get(str(reason)) or one_line(str(reason).replace("_", " "))
+
+
 def one_line(text: Any, limit: int = 300) -> str:
     r"""Text without line breaks or control characters, which could move the cursor of a terminal.
 
@@ -114,7 +139,3 @@ def one_line(text: Any, limit: int = 300) -> str:
     """
     clean = "".join(c if c.isprintable() else " " if c.isspace() else "" for c in str(text))
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
