@@ -488,6 +488,22 @@ def test_quarantine_is_counted_when_the_result_says_nothing(runs: Path) -> None:
     assert "label missing Quarantined 2 not UTF-8 Quarantined 1" in page_of(run).text
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"format": "json", "dropped": {}}, True),
+        ({"train": {"dropped": {}}, "validation": {"dropped": 0}}, True),
+        ({"format": "json"}, False),
+        ({"format": "json", "dropped": 3}, False),
+        ({"train": {"dropped": {}}, "validation": {"dropped": {"label missing": 1}}}, False),
+    ],
+)
+def test_nothing_left_out_is_said_only_when_it_is_known(runs: Path, data: dict[str, Any], said: bool) -> None:
+    run = record_run(runs, steps=100)
+    run.write_result({"data": data})
+    assert ("No record was left out." in page_of(run).text) is said
+
+
 def test_several_runs_are_overlaid_with_a_legend(runs: Path) -> None:
     names = [f"run-{i}" for i in range(10)]
     many = [record_run(runs, name, steps=200, seed=i) for i, name in enumerate(names)]

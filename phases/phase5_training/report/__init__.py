@@ -148,6 +148,7 @@ def _sections(run: Loaded) -> dict[str, Any]:
         "final": summary.final_table(run),
         "data": data,
         "dropped": dropped,
+        "nothing_left_out": summary.nothing_left_out(run),
         "size": summary.model_size(run),
         "machine": summary.machine_table(run),
         "layers": summary.layer_rows(run),

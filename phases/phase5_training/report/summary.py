@@ -286,6 +286,14 @@ def data_tables(run: Loaded) -> tuple[Table | None, Table | None]:
     return Table(head=["Data", *(label(name) for name in names)], rows=rows), dropped
 
 
+def nothing_left_out(run: Loaded) -> bool:
+    """Whether the result counts what was dropped and all counts are zero."""
+    data = _mapping(run.result.get("data"))
+    parts = [data, *(part for name, part in data.items() if isinstance(part, dict) and _is_part(name))]
+    counts = [part[key] for part in parts for key in part if "dropped" in key or "quarantine" in key]
+    return bool(counts) and not run.quarantine and not any(counts)
+
+
 def layer_rows(run: Loaded) -> list[dict[str, Any]]:
     """The layer table: name, shape, bits, scale as text, and the share of zeros as text and figure."""
     layers = run.result.get("layers")
