@@ -437,6 +437,22 @@ def test_a_run_that_failed_says_why(runs: Path) -> None:
     assert "This run failed: loss was not finite for 100 steps" in page_of(run).text
 
 
+def test_an_interrupted_run_says_how_to_go_on(runs: Path) -> None:
+    run = record_run(runs, steps=100)
+    run.write_result({"success": False, "stop_reason": "interrupted", "metrics": {"steps": 100}})
+    page = page_of(run)
+    assert f"This run was interrupted. Continue it with: forge resume {run.path}" in page.text
+    assert "failed" not in page.text
+
+
+def test_a_result_of_an_earlier_session_is_not_taken_for_the_end(runs: Path) -> None:
+    run = record_run(runs, steps=100)
+    run.write_result(result_of(run, metrics={"steps": 100}))
+    assert "is still going" not in page_of(run).text
+    run.append_metrics({"kind": "train", "step": 110, "loss": 1.0})
+    assert "is still going" in page_of(run).text
+
+
 def test_no_validation_is_stated(runs: Path) -> None:
     page = page_of(record_run(runs, validation=False))
     assert "no validation was recorded" in page.text

@@ -59,13 +59,17 @@ class Loaded:
         except FileNotFoundError:
             config = {}
         dropped = Counter(one_line(row.get("reason", "no reason given")) for row in run.read_quarantine())
+        rows, result = run.read_metrics(), run.read_result() or {}
+        ended_at = _mapping(result.get("metrics")).get("steps")
+        if is_finite(ended_at) and any(is_finite(row.get("step")) and row["step"] > ended_at for row in rows):
+            result = {}  # of an earlier session: the run was resumed and has gone on
         return cls(
             run=run,
             name=one_line(run.name),
-            rows=run.read_metrics(),
+            rows=rows,
             events=run.read_events(),
             config=config,
-            result=run.read_result() or {},
+            result=result,
             quarantine=dropped,
         )
 
@@ -175,6 +179,8 @@ def headline(run: Loaded) -> str:
 def status(run: Loaded) -> tuple[str, str]:
     """(one of "failed", "running", "stopped", "done", a sentence on it; empty when done)."""
     if run.result:
+        if run.result.get("stop_reason") == "interrupted":
+            return "stopped", f"This run was interrupted. Continue it with: forge resume {run.run.path}"
         if run.result.get("success") is False:
             error = run.result.get("error")
             return "failed", "This run failed" + (f": {one_line(error, 600)}" if error else ".")
