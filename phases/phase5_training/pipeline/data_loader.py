@@ -200,7 +200,7 @@ class ForgeDataLoader:
         self._position = (0, 0)
         self._hits = self._lookups = 0
         self._workers: DataLoader | None = None
-        self._pending: list[np.ndarray] | Iterable[np.ndarray] = []
+        self._pending = _Pending()
 
     def __len__(self) -> int:
         return self._batches
@@ -220,14 +220,12 @@ class ForgeDataLoader:
 
     def batch_indices(self, epoch: int, batch: int) -> np.ndarray:
         """(n,) int64 positions, in their source, of the samples of one batch."""
-        size = self.config.batch_size
-        assert self.num_samples is not None
-        return self._order.slice(epoch, batch * size, min((batch + 1) * size, self.num_samples))
+        return next(_epoch(self._order, self.config.batch_size, epoch, batch, batch + 1))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, first = self._position
         self._position = (epoch + 1, 0)
-        order = (self.batch_indices(epoch, batch) for batch in range(first, self._batches))
+        order = _epoch(self._order, self.config.batch_size, epoch, first, self._batches)
         fetch = (
             self._from_workers(order) if self.config.num_workers else map(self._prepared.__getitems__, order)
         )
@@ -244,14 +242,14 @@ class ForgeDataLoader:
             generator.manual_seed(self.config.seed)
             self._workers = DataLoader(
                 self._prepared,  # type: ignore[arg-type]
-                batch_sampler=_Pending(self),  # type: ignore[arg-type]
+                batch_sampler=self._pending,  # type: ignore[arg-type]
                 num_workers=self.config.num_workers,
                 collate_fn=_as_is,
                 persistent_workers=True,
                 worker_init_fn=_quiet_tokenizers,
                 generator=generator,
             )
-        self._pending = order
+        self._pending.batches = order
         return iter(self._workers)
 
     def description(self) -> dict[str, Any]:
@@ -288,14 +286,25 @@ class ForgeDataLoader:
         }
 
 
-class _Pending:
-    """The batch sampler of the worker processes: whatever epoch is being handed out now."""
+def _epoch(order: EpochOrder, size: int, epoch: int, first: int, last: int) -> Iterator[np.ndarray]:
+    """Positions of the samples of the batches ``first`` to ``last`` of an epoch."""
+    for batch in range(first, last):
+        yield order.slice(epoch, batch * size, min((batch + 1) * size, order.n))
 
-    def __init__(self, loader: ForgeDataLoader) -> None:
-        self._loader = loader
+
+class _Pending:
+    """The batch sampler of the worker processes: whatever epoch is being handed out now.
+
+    It does not point back at the loader. Torch stops its workers when the loader's last reference
+    goes; a cycle would leave that to the garbage collector, which cuts the queues first, and each
+    worker would then be waited for in vain.
+    """
+
+    def __init__(self) -> None:
+        self.batches: Iterable[np.ndarray] = ()
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return iter(self._loader._pending)
+        return iter(self.batches)
 
 
 def _as_is(batch: Any) -> Any:

@@ -68,7 +68,8 @@ class Ragged:
         columns = np.arange(width)
         positions = np.minimum(self.offsets[:-1, None] + columns, len(self.flat) - 1)
         inside = columns < self.lengths[:, None]
-        return np.where(inside, self.flat[positions], fill).astype(np.int64, copy=False)
+        # Widened before filling: -100 does not fit into bytes.
+        return np.where(inside, self.flat[positions].astype(np.int64, copy=False), fill)
 
 
 Values: TypeAlias = np.ndarray | Ragged | list

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ijson
 import numpy as np
@@ -66,6 +66,41 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
+MAX_DEPTH = 64  # levels of nesting; ijson's time grows with the square of it
+_STEP = np.zeros(256, np.int8)
+_STEP[[ord("["), ord("{")]], _STEP[[ord("]"), ord("}")]] = 1, -1
+_MARKS = _STEP != 0
+_MARKS[ord('"')] = True
+
+
+class DepthGuard:
+    """A file whose reader stops at JSON nested deeper than `MAX_DEPTH`."""
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._tail = b""
+        self._depth = self._quotes = 0
+
+    def read(self, size: int) -> bytes:
+        """The next ``size`` bytes, as the file has them."""
+        block = self._file.read(size)
+        text = self._tail + block
+        # A backslash at the end belongs to the first byte of the next block.
+        odd = (len(text) - len(text.rstrip(b"\\"))) % 2
+        self._tail, text = text[len(text) - odd :], text[: len(text) - odd]
+        if b"\\" in text:
+            text = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
+        codes = np.frombuffer(text, np.uint8)
+        codes = codes[_MARKS[codes]]
+        quotes = self._quotes + np.cumsum(codes == ord('"'))
+        depth = self._depth + np.cumsum(_STEP[codes] * (quotes % 2 == 0), dtype=np.int64)
+        if len(codes):
+            self._quotes, self._depth = int(quotes[-1]) % 2, int(depth[-1])
+            if depth.max() > MAX_DEPTH:
+                raise DataError(f"{self._path}: nested deeper than {MAX_DEPTH} levels; no array needs that")
+        return block
+
+
 class JsonStream:
     """A JSON array of records read forward with bounded memory; random access by `SequentialWindow`.
 
@@ -100,7 +135,7 @@ class JsonStream:
             file.seek(0)
             prefix = "item" if head[:1] == b"[" else "samples.item"
             try:
-                yield from ijson.items(file, prefix, use_float=True)
+                yield from ijson.items(DepthGuard(file, self.path), prefix, use_float=True)
             except (ijson.JSONError, UnicodeDecodeError) as error:
                 line = str(error).split("\n")[0]
                 raise DataError(f"{self.path} near byte {file.tell()}: not valid JSON ({line})") from error

@@ -29,6 +29,17 @@ def narrow(array: np.ndarray) -> np.ndarray:
     raise ValueError(held.get(array.dtype.kind, f"values of type {array.dtype}"))
 
 
+def _maybe_rounded(array: np.ndarray) -> bool:
+    """Whether numpy may have made floats of integers: it does where one is beyond 64 signed bits."""
+    return array.dtype == np.float64 and bool((np.abs(array) >= 2.0**63).any())
+
+
+def _holds_huge(row: Any) -> bool:
+    if isinstance(row, (list, tuple)):
+        return any(_holds_huge(value) for value in row)
+    return isinstance(row, int) and not -(2**63) <= row < 2**63
+
+
 def to_values(rows: list) -> tuple[Values, dict[int, str]]:
     """Turn Python or numpy rows of one kind into a column.
 
@@ -44,14 +55,19 @@ def to_values(rows: list) -> tuple[Values, dict[int, str]]:
     if rows and isinstance(rows[0], (str, bytes)):
         return rows, {}
     try:
-        return narrow(np.array(rows)), {}
+        array = np.array(rows)
+        if not _maybe_rounded(array):
+            return narrow(array), {}
     except (ValueError, TypeError, OverflowError):
         pass  # some row is ragged or not numeric: find out which
     good: list[np.ndarray] = []
     bad: dict[int, str] = {}
     for i, row in enumerate(rows):
         try:
-            good.append(narrow(np.array(row)))
+            array = np.array(row)
+            if _maybe_rounded(array) and _holds_huge(row):
+                raise ValueError("an integer beyond 64 signed bits")
+            good.append(narrow(array))
         except (TypeError, OverflowError):
             bad[i] = "null or mixed values"
         except ValueError as error:

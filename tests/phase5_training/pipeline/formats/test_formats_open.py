@@ -1,0 +1,120 @@
+"""Choosing a reader: extensions, missing files, folders, lists, globs, shards."""
+
+import json
+
+import numpy as np
+import pytest
+
+from phase5_training.errors import DataError
+from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.formats import EXTENSIONS, open_source
+from phase5_training.pipeline.formats.source import ArraySource, ReadOptions
+
+
+def shard(path, start, n):
+    path.write_text(json.dumps([{"input": [i, i + 1], "target": i} for i in range(start, start + n)]))
+    return path
+
+
+def everything(source):
+    return source.gather(np.arange(len(source)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lists_folders_and_globs_are_one_source(tmp_path, streaming):
+    files = [shard(tmp_path / f"part{k}.json", 10 * k, 10) for k in range(3)]
+    (tmp_path / "README.md").write_text("notes")
+    (tmp_path / ".hidden.json").write_text("{")
+    for where in (files, tmp_path, str(tmp_path / "part*.json"), [str(f) for f in files]):
+        source = open_source(where, ReadOptions(streaming=streaming))
+        assert len(source) == 30
+        assert everything(source).target.tolist() == list(range(30))
+        picked = source.gather(np.array([25, 3, 11, 25]))
+        assert picked.target.tolist() == [25, 3, 11, 25]
+        assert picked.index.tolist() == [25, 3, 11, 25]
+        assert source.locate(25) == (str(files[2]), 5)
+        assert [i for chunk in source.iterate() for i in chunk.index] == list(range(30))
+
+
+def test_a_bad_record_is_named_by_its_own_file(tmp_path):
+    shard(tmp_path / "a.json", 0, 3)
+    (tmp_path / "b.json").write_text('[{"input": [1, 2], "target": 0}, {"target": 1}]')
+    source = open_source(tmp_path)
+    assert source.locate(4) == (str(tmp_path / "b.json"), 1)
+    assert [c.bad for c in source.iterate() if c.bad] == [{4: "has no 'input'"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("data.jsn", r"unknown extension '.jsn'; did you mean .json"),
+        ("data.parquet", r"unknown extension '.parquet'; .*known are .json"),
+        ("data", r"unknown extension '\(none\)'"),
+    ],
+)
+def test_unknown_extensions(tmp_path, name, message):
+    (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / name)
+
+
+def test_missing_files_name_what_is_near(tmp_path):
+    shard(tmp_path / "training.json", 0, 2)
+    with pytest.raises(DataError, match=r"trainin.json: no such file; did you mean training.json\?"):
+        open_source(tmp_path / "trainin.json")
+    with pytest.raises(DataError, match=r"no such file; the folder holds training.json"):
+        open_source(tmp_path / "x.h5")
+    with pytest.raises(DataError, match=r"the folder .*/none does not exist either"):
+        open_source(tmp_path / "none" / "x.h5")
+    with pytest.raises(DataError, match="no file matches"):
+        open_source(tmp_path / "*.h5")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no data file"):
+        open_source(tmp_path / "empty")
+    with pytest.raises(DataError, match="list of data files is empty"):
+        open_source([])
+
+
+def test_mixed_formats_are_refused(tmp_path):
+    shard(tmp_path / "a.json", 0, 2)
+    np.save(tmp_path / "b.npy", np.ones(2))
+    with pytest.raises(DataError, match=r"different formats \['.json', '.npy'\]"):
+        open_source(tmp_path)
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "data"
+    outside.mkdir()
+    folder.mkdir()
+    shard(outside / "a.json", 0, 2)
+    (folder / "a.json").symlink_to(outside / "a.json")
+    with pytest.raises(DataError, match="leads out of the data folder"):
+        open_source(folder)
+
+
+def test_sidecars_are_no_data(tmp_path):
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    (tmp_path / "a.bin.json").write_text('{"dtype": "uint16", "vocab_size": 1000}')
+    assert open_source(tmp_path).format == "bin"
+    np.save(tmp_path / "x.npy", np.ones((4, 2)))
+    np.save(tmp_path / "x_targets.npy", np.arange(4))
+    assert open_source(str(tmp_path / "*.npy")).gather(np.array([2])).target.tolist() == [2]
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+@pytest.mark.parametrize("content", [b"", b"\x00" * 3, b"garbage\xff\xfe" * 40, b"[" * 100_000])
+def test_no_reader_breaks_on_what_is_not_its_format(tmp_path, extension, content):
+    path = tmp_path / f"data{extension}"
+    path.write_bytes(content)
+    if extension == ".txt" and len(content) > 300:
+        return  # any bytes are a text of bytes
+    for streaming in (False, True):
+        with pytest.raises(DataError) as caught:
+            DataLoaderFactory.create_loader(path, DataConfig(streaming=streaming))
+        assert "data" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_rows_must_match():
+    with pytest.raises(DataError, match="inputs has 3 rows and targets has 2"):
+        ArraySource("npy", ["x.npy"], np.ones((3, 1)), np.ones(2))

@@ -1,0 +1,250 @@
+"""JSON and JSON Lines against the standard library's json."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from phase5_training.errors import DataError
+from phase5_training.pipeline.formats import open_source
+from phase5_training.pipeline.formats.columns import as_rows
+from phase5_training.pipeline.formats.json import DepthGuard
+from phase5_training.pipeline.formats.source import ReadOptions
+
+MODES = [ReadOptions(), ReadOptions(memory_limit=0), ReadOptions(streaming=True, window=8)]
+
+
+def write(path, records, wrapped=True):
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records), "utf-8")
+    else:
+        path.write_text(json.dumps({"about": "test", "samples": records} if wrapped else records), "utf-8")
+    return path
+
+
+def read(path, options=None):
+    source = open_source(path, options)
+    return source.gather(np.arange(len(source)))
+
+
+numbers = st.floats(-1e6, 1e6, width=32).filter(lambda x: x != int(x))
+texts = st.text(st.characters(codec="utf-8"), max_size=20)
+inputs = st.one_of(
+    st.integers(1, 5).flatmap(
+        lambda k: st.lists(st.lists(numbers, min_size=k, max_size=k), min_size=1, max_size=20)
+    ),
+    st.integers(1, 5).flatmap(
+        lambda k: st.lists(
+            st.lists(st.integers(1 - 2**63, 2**63 - 1), min_size=k, max_size=k), min_size=1, max_size=20
+        )
+    ),
+    st.lists(texts, min_size=1, max_size=20),
+    st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=6), min_size=1, max_size=20),
+)
+
+
+@pytest.mark.parametrize("extension", ["json", "jsonl"])
+@pytest.mark.parametrize("options", MODES, ids=["memory", "limited", "streaming"])
+@given(inputs=inputs)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_json_reads_we_read(tmp_path, extension, options, inputs):
+    records = [{"input": x, "target": i, "metadata": {"quality": i / 7}} for i, x in enumerate(inputs)]
+    path = write(tmp_path / f"data.{extension}", records)
+    columns = read(path, options)
+    assert not columns.bad
+    for got, wanted in zip(as_rows(columns.input), inputs, strict=True):
+        if isinstance(wanted, str):
+            assert got == wanted
+        else:
+            wanted = np.array(wanted)
+            assert np.array_equal(got, wanted.astype(np.float32) if wanted.dtype.kind == "f" else wanted)
+    assert columns.target.tolist() == list(range(len(inputs)))
+    assert np.allclose(columns.quality, np.arange(len(inputs)) / 7)
+
+
+@pytest.mark.parametrize("options", MODES, ids=["memory", "limited", "streaming"])
+def test_a_bare_list_and_other_keys(tmp_path, options):
+    records = [{"text": "ab", "label": 1}, {"text": "c", "label": 0}]
+    columns = read(write(tmp_path / "a.json", records, wrapped=False), options)
+    assert columns.input == ["ab", "c"]
+    assert columns.target.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("options", MODES, ids=["memory", "limited", "streaming"])
+def test_any_order_and_repeats(tmp_path, options):
+    records = [{"input": [i, i * i], "target": i} for i in range(40)]
+    for name in ("a.json", "a.jsonl"):
+        source = open_source(write(tmp_path / name, records), options)
+        for wanted in ([39, 0, 5, 5], [0], [12, 13, 11], [3, 39]):
+            got = source.gather(np.array(wanted))
+            assert got.target.tolist() == got.index.tolist() == wanted
+            assert got.input.tolist() == [[i, i * i] for i in wanted]
+
+
+def test_streaming_a_json_array_keeps_a_bounded_window(tmp_path):
+    from phase5_training.pipeline.formats.json import CHUNK_ROWS
+
+    n = 5 * CHUNK_ROWS
+    source = open_source(
+        write(tmp_path / "a.json", [{"input": [i], "target": 0} for i in range(n)]),
+        ReadOptions(streaming=True, window=100),
+    )
+    for start in range(0, n, 512):
+        got = source.gather(np.arange(start, min(start + 512, n)))
+        assert got.input[0, 0] == start
+        assert sum(len(c) for c in source._window._chunks) <= 2 * CHUNK_ROWS
+    assert source.gather(np.array([3])).input.tolist() == [[3]]  # back to the beginning
+
+
+def test_blank_lines_count_for_line_numbers_only(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"input": [1], "target": 0}\n\n   \n{"input": [2], "target": 1}\r\n{"input": [3}\n')
+    source = open_source(path)
+    assert len(source) == 3
+    bad = {k: v for chunk in source.iterate() for k, v in chunk.bad.items()}
+    assert list(bad) == [2]
+    assert bad[2].startswith("(line 5, byte 62) is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ("  \n", "the file is empty"),
+        ('{"samples": [{"input": 1}', "line 1 column 2.: not valid JSON"),
+        ('{"samples": [\n{"input": 1},\n{"input" 2}]}', "line 3 column 1.: not valid JSON"),
+        ('{"input": [1]}\n{"input": [2]}', r"the first line is a record by itself: name the file .jsonl"),
+        ('{"sample": []}', r"has no 'samples' list \(its keys: 'sample'\)"),
+        ('{"samples": []}', "the data set is empty"),
+        ("[]", "the data set is empty"),
+        ('{"samples": 3}', "holds int; wanted a list of records"),
+        ('"text"', "holds str; wanted a list of records"),
+        ('{"samples": [{"input": [NaN]}]}', "not valid JSON"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=r"a\.json.*" + message):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the file is empty"),
+        ('"text"', "begins with"),
+        ('{"samples": [{"input": [1], "target": 0}, {"input"', "near byte 50: not valid JSON"),
+        ('{"sample": []}', "no records; wanted"),
+    ],
+)
+def test_broken_streams(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=r"a\.json.*" + message):
+        read(tmp_path / "a.json", ReadOptions(streaming=True))
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ([1], "is a list, not an object"),
+        ({"target": 1}, "has no 'input'"),
+        ({"input": [1, 2], "target": "a"}, "has text as target, the first record has a number"),
+        ({"input": "a", "target": 1}, "has text as input, the first record has a list"),
+        ({"input": [1, 2]}, "has nothing as target"),
+        ({"input": [1, None], "target": 1}, "has null or mixed values in its input"),
+        ({"input": [1, "2"], "target": 1}, "has text among numbers in its input"),
+        ({"input": [[1], [1, 2]], "target": 1}, "has lists of different lengths inside one record"),
+        ({"input": [1, 2], "target": 1, "metadata": {"quality": "high"}}, "has quality 'high', not a number"),
+    ],
+)
+def test_bad_records_are_named(tmp_path, record, reason):
+    good = {"input": [1, 2], "target": 0}
+    for name in ("a.json", "a.jsonl"):
+        for options in MODES:
+            source = open_source(write(tmp_path / name, [good, good, record, good]), options)
+            bad = {k: v for chunk in source.iterate() for k, v in chunk.bad.items()}
+            assert list(bad) == [2]
+            assert reason in bad[2]
+            assert source.gather(np.array([3, 0])).index.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_integers_beyond_64_bits_are_not_rounded(tmp_path, name):
+    good, bad = {"input": [1, 2], "target": 0}, {"input": [1, 2**63], "target": 0}
+    for record in (bad, {"input": [1, 2], "target": 2**63}):
+        source = open_source(write(tmp_path / name, [good, record]))
+        assert "an integer beyond 64 signed bits" in next(iter(source.iterate())).bad[1]
+    columns = read(write(tmp_path / name, [{"input": [1e19, 2.5], "target": 0}]))
+    assert columns.input.tolist() == [[np.float32(1e19), 2.5]]
+    with pytest.raises(DataError, match="near byte .* integer overflow"):
+        read(write(tmp_path / "s.json", [good, bad]), ReadOptions(streaming=True))
+
+
+def test_first_record_decides_and_must_be_whole(tmp_path):
+    source = open_source(write(tmp_path / "a.json", [{"imput": 1, "target": 2}]))
+    assert next(iter(source.iterate())).bad == {
+        0: "has no 'input' (its keys: 'imput', 'target'); name the input 'input'"
+    }
+    source = open_source(write(tmp_path / "a.json", [{"input": 1, "text": 2}]))
+    assert next(iter(source.iterate())).bad == {0: "has both 'input' and 'text'; keep one of them"}
+
+
+@given(
+    raw=st.lists(st.sampled_from([b"[", b"]", b"{", b'"', b"\\\\", b"\\", b"a"]), max_size=60),
+    cut=st.integers(1, 9),
+)
+@settings(max_examples=150, deadline=None)
+def test_depth_is_counted_across_blocks(raw, cut):
+    raw = b"".join(raw)
+    depth, quoted, escaped = 0, False, False
+    for code in raw.decode():
+        if escaped:
+            escaped = False
+        elif code == "\\":
+            escaped = True
+        elif code == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(code, 0)
+    guard = DepthGuard(io.BytesIO(raw), Path("a.json"))
+    read = b""
+    while block := guard.read(cut):
+        read += block
+    assert read == raw
+    if b"\\" not in raw or not outside_backslash(raw):
+        assert guard._depth == depth
+
+
+def outside_backslash(raw):
+    """Whether a backslash stands outside of strings, where JSON has none and either count may hold."""
+    quoted, escaped = False, False
+    for code in raw.decode():
+        if escaped:
+            escaped = False
+        elif code == "\\":
+            escaped = True
+            if not quoted:
+                return True
+        elif code == '"':
+            quoted = not quoted
+    return False
+
+
+def test_depth_bombs_end_at_once(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"samples": [{"input": ' + "[" * 10**6)
+    with pytest.raises(DataError, match="nested deeper than 64 levels"):
+        read(path, ReadOptions(streaming=True))
+    with pytest.raises(DataError, match="not valid JSON"):
+        read(path)
+
+
+def test_columns_of_json(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"inputs": [[1.5, 2], [3, 4]], "targets": [0, 1]}))
+    columns = read(tmp_path / "a.json")
+    assert columns.input.tolist() == [[1.5, 2], [3, 4]]
+    assert columns.target.tolist() == [0, 1]
