@@ -287,7 +287,9 @@ class SquaredReluMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the MLP to `x` (batch, length, dim)."""
-        return self.down_proj(self.ffn_sub_norm(F.relu(self.up_proj(x)).square()))
+        hidden = F.relu(self.up_proj(x))
+        # A product, not square(): torch's backward of a power computes the power again.
+        return self.down_proj(self.ffn_sub_norm(hidden * hidden))
 
 
 class Block(nn.Module):

@@ -61,7 +61,8 @@ class _Int8Linear(torch.autograd.Function):
         rows, row_scale = quantize_rows(x)
         ctx.save_for_backward(rows, row_scale, codes, scale)
         ctx.x_dtype, ctx.latent_dtype, ctx.how = x.dtype, latent.dtype, backward
-        return (int8_matmul(rows, codes.t()) * (row_scale * scale)).to(out_dtype)
+        # Converted first: torch multiplies int32 by float element by element, 50 times slower.
+        return int8_matmul(rows, codes.t()).float().mul_(row_scale * scale).to(out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -71,20 +72,20 @@ class _Int8Linear(torch.autograd.Function):
         if ctx.how == "int8":
             if ctx.needs_input_grad[0]:
                 grad_rows, grad_scale = quantize_rows(grad)
-                grad_x = int8_matmul(grad_rows, codes) * (grad_scale * scale)
+                grad_x = int8_matmul(grad_rows, codes).float().mul_(grad_scale * scale)
             if ctx.needs_input_grad[1]:
                 # The row scale of x varies along the summed axis, so it is folded into the gradient
                 # before that is quantized per output feature.
                 columns, column_scale = quantize_rows((grad.float() * row_scale).t())
-                grad_latent = int8_matmul(columns, rows) * column_scale
+                grad_latent = int8_matmul(columns, rows).float().mul_(column_scale)
         else:
             # "auto" follows the dtype the forward produced: bf16 under autocast, else float32.
             dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(ctx.how, grad.dtype)
             grad = grad.to(dtype)
             if ctx.needs_input_grad[0]:
-                grad_x = (grad @ codes.to(dtype)) * scale.to(dtype)
+                grad_x = (grad @ codes.to(dtype)).mul_(scale.to(dtype))
             if ctx.needs_input_grad[1]:
-                grad_latent = grad.t() @ (rows * row_scale).to(dtype)
+                grad_latent = grad.t() @ rows.float().mul_(row_scale).to(dtype)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype)
         if grad_latent is not None:

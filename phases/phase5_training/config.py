@@ -1,0 +1,240 @@
+"""One schema for keyword arguments, YAML keys and command-line flags.
+
+Every option of a run is a field of :class:`TrainingConfig`. ``create_training_pipeline`` takes the
+fields as keywords, a YAML file has them as keys, and ``forge train`` has a flag for each.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from phase5_training.errors import UsageError, nearest_match
+
+Positive = Annotated[int, Field(ge=1)]
+Switch = bool | Literal["auto"]
+
+
+def _known_bits(value: float) -> float:
+    if value not in (1.58, 1):
+        raise ValueError(
+            f"weight_bits={value} is not supported; use 1.58 (codes -1, 0, 1) or 1 (codes -1, 1)"
+        )
+    return value
+
+
+class TrainingConfig(BaseModel):
+    """The options of a run. Steps are optimizer steps; None leaves the choice to Forge."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    # What is trained, on what
+    model: str = "auto"
+    """auto, mlp, decoder, the folder of a saved model, or package.module:function that returns one."""
+    model_options: dict[str, bool | int | float | str | list[int] | None] = {}
+    """Options of the architecture, such as dim, layers, heads (decoder) or hidden (mlp)."""
+    train_data_path: str | list[str] | None = None
+    """A file, several files, or a folder."""
+    val_data_path: str | list[str] | None = None
+    """Validation data; None holds out validation_split of the training data."""
+    experiment_name: str | None = None
+    """Name of the run's folder; None makes one from the model and the time."""
+    output_dir: str = "runs"
+    """Folder that holds the runs."""
+    overwrite: bool = False
+    """Delete a finished run of the same name first."""
+    auto_resume: bool = False
+    """Continue the run of this name from its newest checkpoint, if there is one."""
+
+    # Data
+    task: Literal["classification", "next_token", "regression", "multi_task"] | None = None
+    """What is learned; None infers it from the targets."""
+    batch_size: Positive = 32
+    """Samples per optimizer step."""
+    micro_batch_size: Positive | None = None
+    """Samples per forward; smaller ones take less memory and give the same gradient."""
+    num_workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that read data; 0 reads in this one."""
+    cache_size: Annotated[int, Field(ge=0)] = 1000
+    """Decoded samples kept in memory, least recently used dropped first."""
+    streaming: bool = False
+    """Read in file order through a shuffle buffer, in bounded memory."""
+    quality_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Drop records whose metadata quality is below this."""
+    validation_split: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the training data held out when there is no val_data_path; 0 for none."""
+    shuffle: bool = True
+    """Draw a new order of the training data each epoch."""
+    drop_last: bool = False
+    """Leave out the last batch of an epoch when it is not full."""
+    max_length: Positive | None = None
+    """Longest text in tokens, and the block length of token streams."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a tokenizer.json."""
+
+    # Training
+    epochs: Positive = 100
+    """Passes over the training data."""
+    max_steps: Positive | None = None
+    """Stop after this many steps."""
+    max_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Stop after this much time."""
+    optimizer: str = "auto"
+    """auto, muon, adamw or sgd; auto is muon: Muon for hidden matrices, AdamW for the rest."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Base rate; None takes the measured default of the optimizer and weight bits."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Decoupled decay of matrices; None takes the measured default."""
+    loss: str | None = None
+    """Name of the loss; None takes the task's own."""
+    quantization_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the pull of latents towards their codes, in the classification loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target spread over all classes."""
+    distillation_temperature: Annotated[float, Field(gt=0)] = 2.0
+    """Softness of the teacher's targets."""
+    distillation_alpha: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Share of the teacher in the distillation loss."""
+    seed: int = 0
+    """Of weights, order of data, dropout and stochastic rounding."""
+
+    # BitNet
+    use_bitnet: bool = True
+    """Make the hidden linear layers ternary."""
+    weight_bits: Annotated[float, AfterValidator(_known_bits)] = 1.58
+    """1.58 for codes -1, 0, 1; 1 for -1, 1."""
+    quantization_mode: Literal["deterministic", "stochastic"] = "deterministic"
+    """How latents are rounded to codes."""
+    activation_bits: Literal[8] | None = 8
+    """8 for int8 inputs of ternary layers, None for float ones."""
+    float_layers: list[str] | None = None
+    """Names or patterns of linear layers to keep in float; None keeps the output head."""
+
+    # Grokfast and schedule
+    use_grokfast: bool = True
+    """Amplify the slow part of the gradient."""
+    grokfast_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Decay of the slow average."""
+    grokfast_lambda: Annotated[float, Field(ge=0)] | None = None
+    """Gain of the slow average."""
+    filter: Literal["ema", "ma", "high_pass"] = "ema"
+    """ema and ma amplify the slow part, high_pass the fast part."""
+    schedule: Literal["phases", "constant", "cosine", "linear"] = "phases"
+    """Shape of the learning rate; phases is warmup, acceleration, consolidation, refinement."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Length of the warmup; None scales the default to the run."""
+    acceleration_steps: Annotated[int, Field(ge=0)] | None = None
+    """Length of the acceleration phase; None scales the default to the run."""
+    consolidation_steps: Annotated[int, Field(ge=0)] | None = None
+    """Length of the consolidation phase; None scales the default to the run."""
+    acceleration_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Factor on the rate in the acceleration phase; None is 5."""
+    consolidation_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Factor on the rate in the consolidation phase; None is 0.2."""
+
+    # Precision and speed
+    use_amp: Switch = "auto"
+    """Mixed precision; auto is on for CUDA, and on a CPU where bf16 is measured to be faster."""
+    amp_dtype: Literal["auto", "bf16", "fp16"] = "auto"
+    """Type of mixed precision; auto is bf16 where the device has it."""
+    gradient_clipping: bool = True
+    """Clip the norm of the gradient."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Norm that the gradient is clipped to."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    compile: Switch = "auto"
+    """Compile the model with torch.compile; auto does for long runs where a compiler is installed."""
+
+    # Validation, saving, progress
+    eval_interval: Positive = 500
+    """Steps between validations; one more at the end."""
+    early_stopping: bool = True
+    """Stop when validation no longer improves, and return the best weights."""
+    patience: Positive = 5
+    """Validations without improvement before stopping."""
+    monitor: str = "loss"
+    """Validation figure that decides which weights are best."""
+    checkpoint_interval: Positive = 1000
+    """Steps between checkpoints; one more at the end."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept."""
+    log_interval: Positive = 10
+    """Steps between lines of figures."""
+    progress: Literal["auto", "plain", "quiet"] = "auto"
+    """Live display on a terminal, plain lines, or nothing."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainingConfig":
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            micro, batch = self.micro_batch_size, self.batch_size
+            fit = next(m for m in range(micro, 0, -1) if batch % m == 0)
+            raise ValueError(
+                f"batch_size={batch} is not a multiple of micro_batch_size={micro}; "
+                f"use micro_batch_size={fit} or batch_size={-(-batch // micro) * micro}"
+            )
+        return self
+
+
+def parse_config(values: Mapping[str, Any], where: str = "") -> TrainingConfig:
+    """Validate options.
+
+    Args:
+        values: option names to values.
+        where: what is named in the message, such as the YAML file.
+
+    Raises:
+        UsageError: an unknown name (with the nearest that exists) or a value that does not fit.
+
+    Example:
+        >>> parse_config({"batch_size": 8}).batch_size
+        8
+        >>> parse_config({"batchsize": 8})
+        Traceback (most recent call last):
+        ...
+        phase5_training.errors.UsageError: unknown option 'batchsize'; did you mean 'batch_size'?
+    """
+    try:
+        return TrainingConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        prefix = f"{where}: " if where else ""
+        raise UsageError(prefix + _one_line(first)) from None
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file.
+
+    Raises:
+        UsageError: the file is missing, is not YAML, or holds something other than options.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except FileNotFoundError:
+        near = nearest_match(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent else None
+        hint = f"; did you mean {str(path.with_name(near))!r}?" if near else ""
+        raise UsageError(f"configuration {str(path)!r} does not exist{hint}") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise UsageError(
+            f"{path} holds a {type(values).__name__}; write one option per line, as 'epochs: 10'"
+        )
+    return values
+
+
+def _one_line(error: Mapping[str, Any]) -> str:
+    name = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        near = nearest_match(name, TrainingConfig.model_fields)
+        hint = f"did you mean {near!r}?" if near else "see `forge train --help` for all options"
+        return f"unknown option {name!r}; {hint}"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{name}={error['input']!r} does not fit: {message}"

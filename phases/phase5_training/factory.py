@@ -1,0 +1,498 @@
+"""The one place where the parts of a run are put together."""
+
+import asyncio
+import inspect
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from phase4_bitnet.store import save_compressed_model
+from phase5_training.callbacks import ProgressDisplay, ReportRefresher
+from phase5_training.checkpoint import CheckpointStore
+from phase5_training.config import TrainingConfig, parse_config
+from phase5_training.defaults import grokfast_figures, rates
+from phase5_training.errors import RunFailed, UsageError
+from phase5_training.events import Callback, CallbackRegistry
+from phase5_training.hardware import resolve_amp, resolve_compile, resolve_device
+from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
+from phase5_training.models import check_against_data, prepare_model
+from phase5_training.phases import build_schedule
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
+from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
+from phase5_training.pipeline.scheduler import GrokfastScheduler
+from phase5_training.pipeline.training_loop import LoopConfig, LoopState, TrainingLoop
+from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
+from phase5_training.recorder import Recorder
+from phase5_training.records import RunDirectory
+from phase5_training.results import TrainingResult, result_metrics, result_record
+from phase5_training.signals import stop_on_signals
+
+
+class TrainingPipeline:
+    """A run, from its configuration to its result. Made by :func:`create_training_pipeline`.
+
+    Args:
+        config: the options.
+        model, train_data, val_data, loss, optimizer, teacher: objects given in place of the names
+            in the configuration.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        model: Any,
+        train_data: Any,
+        val_data: Any = None,
+        loss: Any = None,
+        optimizer: Any = "auto",
+        teacher: nn.Module | None = None,
+    ) -> None:
+        self.config = config
+        self._given = {"model": model, "train": train_data, "val": val_data, "loss": loss}
+        self._given_optimizer, self._teacher = optimizer, teacher
+        self.callbacks = CallbackRegistry()
+        self.ready = False
+        self.run_directory: RunDirectory | None = None
+        self.notices: list[str] = []
+
+    def register_callback(self, event: str, callback: Callback) -> None:
+        """Call ``callback(index, metrics)`` at an event of the loop; see :mod:`phase5_training.events`."""
+        self.callbacks.register(event, callback)
+
+    def setup(self) -> "TrainingPipeline":
+        """Open data and model and check everything; trains nothing. Called by the run when left out.
+
+        Returns:
+            The pipeline itself.
+
+        Raises:
+            UsageError: options, model and data that do not go together.
+            DataError: files that cannot be read.
+        """
+        if self.ready:
+            return self
+        config = self.config
+        self.device = resolve_device(config.device)
+        use_amp, amp_dtype = resolve_amp(config.use_amp, config.amp_dtype, self.device)
+        _seed_everything(config.seed)
+        self._open_data()
+        self.model = prepare_model(self._given["model"], config, self.spec).to(self.device)
+        first = _first_batch(self.train_loader)
+        check_against_data(self.model, first, self.spec, self.device)
+        self.loss = self._build_loss(first).to(self.device)
+        total_steps = self._total_steps()
+        plan = _schedule(config, total_steps)
+        learning_rate, weight_decay = self._rates()
+        alpha, gain = grokfast_figures(config)
+        inner = self._given_optimizer
+        if isinstance(inner, str):
+            inner = build_optimizer(
+                inner,
+                self.model,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                extra=list(self.loss.parameters()),
+            )
+        gradient_filter = None
+        if config.use_grokfast:
+            grokfast = GrokfastConfig(alpha=alpha, lambda_reg=gain, filter=config.filter)
+            gradient_filter = GradientFilter(grokfast, plan)
+        self.optimizer = BitNetOptimizer(
+            inner,
+            self.model,
+            gradient_filter=gradient_filter,
+            max_grad_norm=config.max_grad_norm if config.gradient_clipping else None,
+        )
+        seconds = self._estimate_seconds(first, total_steps) if config.compile == "auto" else None
+        compiled, why = resolve_compile(config.compile, self.device, seconds)
+        self.notices.append(f"model {'compiled' if compiled else 'not compiled'}: {why}")
+        self.run_directory = self._open_run()
+        self.resolved = config.model_copy(
+            update={
+                "learning_rate": learning_rate,
+                "weight_decay": weight_decay,
+                "grokfast_alpha": alpha if config.use_grokfast else None,
+                "grokfast_lambda": gain if config.use_grokfast else None,
+                "use_amp": use_amp,
+                "compile": compiled,
+                "device": str(self.device),
+                "experiment_name": self.run_directory.path.name,
+            }
+        )
+        self.loop = TrainingLoop(
+            torch.compile(self.model) if compiled else self.model,
+            self.optimizer,
+            LoopConfig(
+                epochs=config.epochs,
+                max_steps=config.max_steps,
+                max_seconds=config.max_seconds,
+                micro_batch_size=config.micro_batch_size,
+                eval_interval=config.eval_interval,
+                log_interval=config.log_interval,
+                checkpoint_interval=config.checkpoint_interval,
+                use_amp=use_amp,
+                amp_dtype=amp_dtype,
+            ),
+            scheduler=GrokfastScheduler(self.optimizer, plan),
+            validator=self._validator(use_amp, amp_dtype) if self.val_loader is not None else None,
+            early_stopping=(
+                EarlyStopping(config.patience if config.early_stopping else None, config.monitor)
+                if self.val_loader is not None
+                else None
+            ),
+            checkpoints=CheckpointStore(folder=self.run_directory.checkpoints, keep=config.keep_checkpoints),
+            callbacks=self.callbacks,
+            device=self.device,
+            scaler=torch.amp.GradScaler("cuda") if use_amp and amp_dtype == torch.float16 else None,
+            named_model=self.model,
+        )
+        self.total_steps = total_steps
+        self._resume_or_begin()
+        Recorder(self.run_directory).register(self.callbacks)
+        mode = {"auto": "auto", "plain": "lines", "quiet": "quiet"}[config.progress]
+        ProgressDisplay(
+            mode,  # type: ignore[arg-type]
+            title=self.run_directory.path.name,
+            total_steps=total_steps,
+            run=self.run_directory,
+        ).register(self.callbacks)
+        ReportRefresher(self.run_directory).register(self.callbacks)
+        self.ready = True
+        return self
+
+    def run(self) -> TrainingResult:
+        """Train, and return the result; for programs without an event loop.
+
+        Ctrl-C and SIGTERM save at the next step and return with ``stop_reason="interrupted"``; a
+        second one leaves at once.
+
+        Raises:
+            RunFailed: the run could not be finished.
+        """
+        self.setup()
+        assert self.run_directory is not None
+        with stop_on_signals(self.loop.stop):
+            state = self.loop.train(self.train_loader, self.loss, self.val_loader)
+        interrupted = state.stop_reason == "interrupted"
+        if not interrupted:
+            self._finish(state)
+        result = TrainingResult(
+            success=not interrupted,
+            model=self.model.eval(),
+            metrics=result_metrics(state),
+            run_dir=self.run_directory.path,
+            stop_reason=state.stop_reason,
+        )
+        data = self.train_loader.description()
+        if self.val_loader is not None:
+            data["validation"] = self.val_loader.description()
+        self.run_directory.write_result(result_record(result, data=data, notices=self.notices))
+        ReportRefresher(self.run_directory).refresh(state.step)
+        return result
+
+    async def train(self) -> TrainingResult:
+        """Train in a thread, so that the event loop goes on.
+
+        Raises:
+            asyncio.CancelledError: the task was cancelled; the run has been saved first.
+        """
+        self.setup()
+        running = asyncio.create_task(asyncio.to_thread(self.run))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            self.loop.stop()
+            await asyncio.wait({running})
+            raise
+
+    # -- parts of setup ------------------------------------------------------------------------
+
+    def _open_data(self) -> None:
+        config = self.config
+        own_validation = self._given["val"] is not None
+        ready_batches = not _is_data_set(self._given["train"])
+        data = DataConfig(
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+            cache_size=config.cache_size,
+            streaming=config.streaming,
+            quality_threshold=config.quality_threshold,
+            validation_split=0.0 if own_validation or ready_batches else config.validation_split,
+            seed=config.seed,
+            shuffle=config.shuffle,
+            drop_last=config.drop_last,
+            max_length=config.max_length,
+            tokenizer=config.tokenizer,
+            task=config.task,
+        )
+        dropped: list[dict[str, Any]] = []
+        self._dropped = dropped
+        self.train_loader, self.val_loader = DataLoaderFactory.create_loaders(
+            self._given["train"], data, quarantine=dropped.append
+        )
+        self.spec = self.train_loader.spec
+        if own_validation:
+            self.val_loader = DataLoaderFactory.create_loader(
+                self._given["val"],
+                data,
+                split="validation",
+                spec=None if ready_batches else self.spec,
+                quarantine=dropped.append,
+            )
+
+    def _build_loss(self, batch: Mapping[str, Any]) -> Loss:
+        config, given = self.config, self._given["loss"]
+        if given is None:
+            given = "distillation" if self._teacher is not None else infer_loss_name(self.spec)
+        if self._teacher is not None:
+            self._teacher.to(self.device)
+        return build_loss(
+            given,
+            model=self.model,
+            teacher=self._teacher,
+            tasks=infer_task_losses(batch["target"]) if isinstance(batch["target"], Mapping) else None,
+            penalty=config.quantization_penalty,
+            label_smoothing=config.label_smoothing,
+            temperature=config.distillation_temperature,
+            alpha=config.distillation_alpha,
+        )
+
+    def _validator(self, use_amp: bool, amp_dtype: torch.dtype) -> RealTimeValidator:
+        byte_tokens = self.spec.tokenizer in (None, "bytes")
+        return RealTimeValidator(
+            self.model,
+            task=self.spec.task,
+            device=self.device,
+            use_amp=use_amp,
+            amp_dtype=amp_dtype,
+            bytes_per_token=1.0 if byte_tokens else None,
+        )
+
+    def _rates(self) -> tuple[float, float]:
+        config = self.config
+        name = self._given_optimizer if isinstance(self._given_optimizer, str) else "custom"
+        learning_rate, weight_decay = rates(name, config.use_bitnet, self.spec.task)
+        if name == "custom":
+            if config.learning_rate is not None or config.weight_decay is not None:
+                raise UsageError(
+                    "learning_rate and weight_decay belong to the optimizer instance; set them there"
+                )
+            return self._given_optimizer.param_groups[0]["lr"], self._given_optimizer.param_groups[0].get(
+                "weight_decay", 0.0
+            )
+        return (
+            learning_rate if config.learning_rate is None else config.learning_rate,
+            weight_decay if config.weight_decay is None else config.weight_decay,
+        )
+
+    def _total_steps(self) -> int:
+        config = self.config
+        try:
+            steps = config.epochs * len(self.train_loader)
+        except TypeError:
+            if config.max_steps is None:
+                raise UsageError(
+                    "the data have no length, so the run has none either; give max_steps="
+                ) from None
+            return config.max_steps
+        return min(steps, config.max_steps or steps)
+
+    def _estimate_seconds(self, batch: Mapping[str, Any], total_steps: int) -> float:
+        """Length of the run without compilation, from two forwards of one batch."""
+        config = self.config
+        inputs = _to(batch["input"], self.device)
+        seconds = []
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            for _ in range(2):
+                started = time.perf_counter()
+                self.model(inputs)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                seconds.append(time.perf_counter() - started)
+        self.model.train(was_training)
+        # A step is about three forwards: one, and two products in backward for each of its.
+        return min(3 * min(seconds) * total_steps, config.max_seconds or float("inf"))
+
+    def _open_run(self) -> RunDirectory:
+        config = self.config
+        name = (
+            config.experiment_name or f"{type(self.model).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
+        )
+        exists = RunDirectory(Path(config.output_dir) / name).checkpoints.is_dir()
+        self._resuming = config.auto_resume and exists
+        return RunDirectory.create(
+            config.output_dir, name, resume=self._resuming, overwrite=config.overwrite and not self._resuming
+        )
+
+    def _resume_or_begin(self) -> None:
+        run = self.run_directory
+        assert run is not None
+        if self._resuming:
+            path, state = self.loop.checkpoints.load_newest(self.notices.append)  # type: ignore[union-attr]
+            self.loop.load_state_dict(state, self.loss)
+            run.truncate_metrics(self.loop.state.step)
+            run.append_event({"event": "resumed", "step": self.loop.state.step, "checkpoint": path.name})
+            self.notices.append(f"resumed from {path.name}")
+        config = self.resolved.model_dump()
+        for key, given in (("model", "model"), ("train_data_path", "train"), ("val_data_path", "val")):
+            config[key] = _in_words(self._given[given])
+        config["loss"] = _in_words(self._given["loss"])
+        config["optimizer"] = _in_words(self._given_optimizer)
+        config["teacher"] = _in_words(self._teacher)
+        run.write_config(config)
+        for record in self._dropped if not self._resuming else ():
+            run.append_quarantine(record)
+        for notice in self.notices:
+            run.append_event({"event": "notice", "text": notice})
+
+    # -- the end of a run ------------------------------------------------------------------------
+
+    def _finish(self, state: LoopState) -> None:
+        """Return the best weights, measure them, and store the model."""
+        self.optimizer.release()
+        if self.config.early_stopping and self.loop.best_weights is not None:
+            self.model.load_state_dict(self.loop.best_weights)
+            if state.validated_step != self.loop.early_stopping.best_step:  # type: ignore[union-attr]
+                assert self.loop.validator is not None
+                assert self.val_loader is not None
+                state.validation = self.loop.validator.run_validation(self.val_loader, self.loss)
+        assert self.run_directory is not None
+        save_compressed_model(self.model, self.run_directory.best, overwrite=True)
+
+
+def create_training_pipeline(
+    model: Any = "auto",
+    train_data_path: Any = None,
+    val_data_path: Any = None,
+    *,
+    loss: Any = None,
+    optimizer: str | Optimizer = "auto",
+    teacher: nn.Module | None = None,
+    **options: Any,
+) -> TrainingPipeline:
+    """A training run, checked and ready to set up.
+
+    Args:
+        model: any nn.Module, the output of phase 4, or a name (see :class:`TrainingConfig`).
+        train_data_path: a path, a list of paths, a folder, a torch Dataset, or an iterable of batches.
+        val_data_path: the same; None holds out ``validation_split`` of the training data.
+        loss: a name, a callable ``fn(outputs, targets)`` or a module; None takes the task's own.
+        optimizer: "auto", "muon", "adamw", "sgd", or an optimizer instance over the model's parameters.
+        teacher: a float model whose outputs are distilled into the ternary one.
+        options: every field of :class:`phase5_training.config.TrainingConfig`.
+
+    Returns:
+        The pipeline: ``setup()``, then ``run()`` or ``await train()``.
+
+    Raises:
+        UsageError: an unknown option, with the nearest that exists, or a value that does not fit.
+
+    Example:
+        >>> pipeline = create_training_pipeline(train_data_path="train.json", epochs=3, use_grokfast=False)
+        >>> pipeline.config.epochs
+        3
+    """
+    names: dict[str, Any] = dict(options)
+    if isinstance(model, str):
+        names["model"] = model
+    for key, value in (("train_data_path", train_data_path), ("val_data_path", val_data_path)):
+        if isinstance(value, (str, Path)):
+            names[key] = str(value)
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (str, Path)) for v in value):
+            names[key] = [str(v) for v in value]
+    if isinstance(optimizer, str):
+        names["optimizer"] = optimizer
+    if isinstance(loss, str):
+        names["loss"] = loss
+    config = parse_config(names)
+    if train_data_path is None:
+        raise UsageError("train_data_path is missing; give a data file, a Dataset or batches")
+    if teacher is not None and loss not in (None, "distillation"):
+        raise UsageError("teacher= works with the distillation loss; leave loss out, or loss='distillation'")
+    return TrainingPipeline(
+        config,
+        model=model,
+        train_data=names.get("train_data_path", train_data_path),
+        val_data=names.get("val_data_path", val_data_path),
+        loss=loss,
+        optimizer=optimizer,
+        teacher=teacher,
+    )
+
+
+def _full_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature with every option spelled out, for help() and editors."""
+    own = inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {p.name for p in kept}
+    fields = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=f.get_default(call_default_factory=True)
+        )
+        for name, f in TrainingConfig.model_fields.items()
+        if name not in known
+    ]
+    return own.replace(parameters=[*kept, *fields])
+
+
+create_training_pipeline.__signature__ = _full_signature(create_training_pipeline)  # type: ignore[attr-defined]
+
+
+def _schedule(config: TrainingConfig, total_steps: int) -> Any:
+    phases = {
+        key: getattr(config, key)
+        for key in (
+            "warmup_steps",
+            "acceleration_steps",
+            "consolidation_steps",
+            "acceleration_multiplier",
+            "consolidation_multiplier",
+        )
+    }
+    return build_schedule(config.schedule, total_steps, **phases)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _first_batch(loader: Any) -> Mapping[str, Any]:
+    batch = next(iter(loader), None)
+    if batch is None:
+        raise RunFailed("the training data gave no batch; check that the data set is not empty")
+    if hasattr(loader, "set_position"):
+        loader.set_position(0, 0)
+    return batch
+
+
+def _is_data_set(source: Any) -> bool:
+    """Whether the source has samples to split, as opposed to ready batches."""
+    if isinstance(source, (str, Path)) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        return not isinstance(source, (list, tuple)) or all(isinstance(s, (str, Path)) for s in source)
+    return False
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, Mapping) else value.to(device)
+
+
+def _in_words(value: Any) -> Any:
+    """A name or path as it is; an object that a file cannot hold by its type, in angle brackets."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (str, Path)) for v in value):
+        return [str(v) for v in value]
+    return f"<{getattr(value, '__name__', type(value).__name__)}>"

@@ -1,0 +1,114 @@
+"""What the run is computed with: device, mixed precision, compilation."""
+
+import os
+import shutil
+import statistics
+import time
+
+import torch
+
+from phase5_training.errors import UsageError
+
+# Compiling costs up to a minute on two cores; a run has to be several times as long to earn it back.
+COMPILE_PAYS_AFTER_SECONDS = 240.0
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that ``device`` names; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        UsageError: the device does not exist here.
+
+    Example:
+        >>> resolve_device("cpu")
+        device(type='cpu')
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device={device!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device={device!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        why = "torch has no CUDA support" if torch.version.cuda is None else "no CUDA device is visible"
+        raise UsageError(
+            f"device={device!r} cannot be used: {why}; use device='auto', or install a CUDA build"
+        )
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"device={device!r} does not exist; there are {torch.cuda.device_count()} CUDA devices"
+        )
+    return found
+
+
+def resolve_amp(use_amp: bool | str, amp_dtype: str, device: torch.device) -> tuple[bool, torch.dtype]:
+    """Whether to autocast, and to what.
+
+    Raises:
+        UsageError: float16 on a CPU, where it has no fast path and nothing to gain.
+    """
+    if amp_dtype == "fp16" and device.type == "cpu" and use_amp:
+        raise UsageError("amp_dtype='fp16' needs CUDA; use amp_dtype='bf16' on a CPU")
+    if amp_dtype == "auto":
+        has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if has_bf16 else torch.float16
+    else:
+        dtype = torch.float16 if amp_dtype == "fp16" else torch.bfloat16
+    if use_amp == "auto":
+        return (device.type == "cuda" or bf16_is_faster_on_this_cpu()), dtype
+    return bool(use_amp), dtype
+
+
+def bf16_is_faster_on_this_cpu() -> bool:
+    """Whether a bf16 matrix product takes at most 0.8 of the time of a float32 one here.
+
+    The two are timed in turn and judged by the median ratio of the pairs, since other work on the
+    machine comes and goes. Takes about 50 ms.
+    """
+    a = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    b = a.bfloat16()
+    _time_product(a), _time_product(b)
+    return statistics.median(_time_product(b) / _time_product(a) for _ in range(15)) <= 0.8
+
+
+def _time_product(x: torch.Tensor) -> float:
+    started = time.perf_counter()
+    x @ x
+    return time.perf_counter() - started
+
+
+def resolve_compile(
+    compile_model: bool | str, device: torch.device, seconds_left: float | None
+) -> tuple[bool, str]:
+    """Whether to compile the model, and why.
+
+    Args:
+        compile_model: True, False or "auto".
+        device: where it runs.
+        seconds_left: estimated length of the run without compilation, None when unknown.
+
+    Raises:
+        UsageError: True on a CPU without a C++ compiler.
+    """
+    compiler = has_compiler(device)
+    if compile_model is True and not compiler:
+        raise UsageError(
+            "compile=True needs a C++ compiler and none was found; install g++ (Debian: apt install g++), "
+            "or use compile='auto'"
+        )
+    if compile_model != "auto":
+        return bool(compile_model), "as configured"
+    if not compiler:
+        return False, "no C++ compiler was found"
+    if seconds_left is None or seconds_left < COMPILE_PAYS_AFTER_SECONDS:
+        return False, "the run is too short to earn the compilation back"
+    return True, f"the run would take about {seconds_left / 60:.0f} minutes without"
+
+
+def has_compiler(device: torch.device) -> bool:
+    """Whether torch.compile can build code for the device."""
+    if device.type == "cuda":
+        return True
+    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)

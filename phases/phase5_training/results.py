@@ -1,0 +1,71 @@
+"""What a run gives back, and the record of it in result.json."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from phase5_training.models import describe_layers, describe_size
+from phase5_training.pipeline.training_loop import LoopState
+from phase5_training.records import machine
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run gives back.
+
+    Args:
+        success: the run came to its end; False when it was interrupted.
+        model: the trained model, in eval mode, with the best weights where validation chose some.
+        metrics: final_loss, final_accuracy, best_val_loss, best_accuracy, epochs_completed, steps,
+            training_time_hours, and the other figures of the last validation.
+        run_dir: the run's folder.
+        stop_reason: why it ended: "finished", "early_stop", "max_steps", "max_seconds", "interrupted".
+    """
+
+    success: bool
+    model: nn.Module
+    metrics: dict[str, Any] = field(default_factory=dict)
+    run_dir: Path = Path()
+    stop_reason: str = ""
+
+    def to_phase6(self) -> dict[str, Any]:
+        """The dictionary that the next phase takes: success, model and metrics."""
+        return {"success": self.success, "model": self.model, "metrics": dict(self.metrics)}
+
+
+def result_metrics(state: LoopState) -> dict[str, Any]:
+    """The figures of a run that ended in ``state``; see :class:`TrainingResult`."""
+    validation = state.validation or {}
+    metrics: dict[str, Any] = {
+        "final_loss": validation.get("loss", state.train_loss),
+        "final_accuracy": validation.get("accuracy", state.train_accuracy),
+        "final_train_loss": state.train_loss,
+        "best_val_loss": state.best_loss,
+        "best_accuracy": state.best_accuracy,
+        "epochs_completed": state.epoch,
+        "steps": state.step,
+        "samples": state.samples,
+        "nonfinite_steps": state.nonfinite,
+        "training_time_seconds": state.seconds,
+        "training_time_hours": state.seconds / 3600,
+    }
+    for key in ("perplexity", "bits_per_byte", "mse", "mae", "r2"):
+        if validation.get(key) is not None:
+            metrics[key] = validation[key]
+    return metrics
+
+
+def result_record(result: TrainingResult, *, data: dict[str, Any], notices: list[str]) -> dict[str, Any]:
+    """What result.json holds: the result, the data, the machine and the model, without the weights."""
+    return {
+        "success": result.success,
+        "stop_reason": result.stop_reason,
+        "metrics": result.metrics,
+        "data": data,
+        "machine": machine(),
+        "layers": describe_layers(result.model),
+        "model": describe_size(result.model),
+        "notices": notices,
+    }
