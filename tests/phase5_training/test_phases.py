@@ -165,7 +165,7 @@ def test_given_lengths_are_kept_and_the_rest_scaled() -> None:
         (lambda: PhaseSchedule.fit(True), "total_steps=True"),
         (lambda: PhaseSchedule.fit(10, warmup_steps=-3), "warmup_steps=-3"),
         (lambda: PhaseSchedule.fit(10).phase(-1), "step=-1"),
-        (lambda: build_schedule("cosin", 10), "did you mean 'cosine'"),
+        (lambda: build_schedule("cosin", 10), "schedule='cosin' is unknown; did you mean 'cosine'"),
         (lambda: build_schedule("linear", 10, acceleration_steps=3), "acceleration_steps has no meaning"),
         (lambda: build_schedule("phases", 10, warmup_steps=11), "more than total_steps=10"),
         (lambda: build_schedule("cosine", 10, warmup_steps=11), "more than total_steps=10"),

@@ -296,6 +296,21 @@ def test_distillation_calls_a_frozen_teacher() -> None:
     assert teacher[0].weight.is_meta
 
 
+def test_our_own_functions_mean_their_names() -> None:
+    teacher = nn.Linear(3, 5)
+    assert build_loss(grokfast_distillation_loss, teacher=teacher).teacher is teacher
+    assert [build_loss(fn).name for fn in (bitnet_classification_loss, next_token_loss)] == [
+        "classification",
+        "next_token",
+    ]
+
+
+def test_a_builtin_without_a_signature_takes_two_arguments() -> None:
+    a, b = randn(4), randn(4, seed=1)
+    want = np.linalg.norm((a - b).numpy())
+    assert float(build_loss(torch.dist)(a, {"target": b})) == pytest.approx(want)
+
+
 def test_the_model_cannot_teach_itself() -> None:
     model = nn.Linear(3, 5)
     with pytest.raises(UsageError, match="deepcopy"):
