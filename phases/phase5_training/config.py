@@ -28,7 +28,9 @@ def _known_bits(value: float) -> float:
 class TrainingConfig(BaseModel):
     """The options of a run. Steps are optimizer steps; None leaves the choice to Forge."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     # What is trained, on what
     model: str = "auto"

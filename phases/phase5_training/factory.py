@@ -180,7 +180,7 @@ class TrainingPipeline:
         """
         self.setup()
         assert self.run_directory is not None
-        with stop_on_signals(self.loop.stop):
+        with stop_on_signals(self.loop.stop) as signals:
             state = self.loop.train(self.train_loader, self.loss, self.val_loader)
         interrupted = state.stop_reason == "interrupted"
         if not interrupted:
@@ -191,6 +191,7 @@ class TrainingPipeline:
             metrics=result_metrics(state),
             run_dir=self.run_directory.path,
             stop_reason=state.stop_reason,
+            signal=signals[0] if signals else None,
         )
         data = self.train_loader.description()
         if self.val_loader is not None:

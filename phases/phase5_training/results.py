@@ -22,6 +22,7 @@ class TrainingResult:
             training_time_hours, and the other figures of the last validation.
         run_dir: the run's folder.
         stop_reason: why it ended: "finished", "early_stop", "max_steps", "max_seconds", "interrupted".
+        signal: number of the signal that interrupted it, if one did.
     """
 
     success: bool
@@ -29,6 +30,7 @@ class TrainingResult:
     metrics: dict[str, Any] = field(default_factory=dict)
     run_dir: Path = Path()
     stop_reason: str = ""
+    signal: int | None = None
 
     def to_phase6(self) -> dict[str, Any]:
         """The dictionary that the next phase takes: success, model and metrics."""

@@ -8,17 +8,22 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
     """While inside, the first SIGINT or SIGTERM calls ``stop``; a second one acts as it did before.
 
     Does nothing outside the main thread, where Python allows no handlers.
+
+    Yields:
+        A list that receives the number of the signal that came.
     """
+    received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield received
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         stop()
         for own, handler in before.items():
             signal.signal(own, handler)
@@ -26,7 +31,7 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[None]:
     for number in before:
         signal.signal(number, handle)
     try:
-        yield
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,0 +1,190 @@
+"""The command line: parsing and exit codes. What the verbs do is in ``commands`` and ``demo``."""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from phase5_training.errors import ForgeError, UsageError, nearest_match
+from phase5_training.flags import Parser, add_config_flags, config_values
+
+USAGE = """forge: train 1.58-bit networks
+
+  forge demo                       train on a real task and compare with float, under 4 minutes
+  forge train [CONFIG.yaml] ...    train from a file, flags, or both
+  forge resume RUN                 continue a run from its newest checkpoint
+  forge evaluate RUN               measure the best weights of a run
+  forge report RUN [RUN ...]       write the report of a run, or of several side by side
+
+`forge VERB --help` lists the flags. --debug shows the traceback of an error.
+Exit code: 0 done, 1 the run failed, 2 a mistake in the call or the data, 130 or 143 interrupted and saved.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: words after ``forge``; None takes those of the process.
+
+    Returns:
+        The exit code.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [w for w in words if w != "--debug"]
+    try:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return 0
+        if words[0] == "--version":
+            from importlib import metadata
+
+            print(metadata.version("forge-training"))
+            return 0
+        verb = words[0]
+        if verb not in VERBS:
+            near = nearest_match(verb, VERBS)
+            hint = f"did you mean '{near}'?" if near else f"use one of {', '.join(VERBS)}"
+            raise UsageError(f"unknown command {verb!r}; {hint}")
+        return VERBS[verb](words[1:])
+    except (ForgeError, OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"forge: {_one_line(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        print("forge: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            kind = type(error).__name__
+            print(f"forge: unexpected {kind}: {_one_line(error)}; --debug shows where", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _demo(words: Sequence[str]) -> int:
+    parser = Parser("forge demo", description="Train on a real task and compare with float.")
+    parser.add_argument("--output-dir", default="runs", help="folder for the runs; default runs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, data order and split")
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+    found = parser.parse_strictly(words)
+    from phase5_training.demo import run_demo
+
+    run_demo(found.output_dir, seed=found.seed, quiet=found.quiet)
+    return 0
+
+
+def _train(words: Sequence[str]) -> int:
+    parser = Parser(
+        "forge train",
+        usage="forge train [CONFIG.yaml] [--option value ...]",
+        description="Train from a YAML file, flags, or both; flags win. Every key of the file is a flag.",
+    )
+    parser.add_argument("config", nargs="?", help="YAML file with one option per line")
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+    add_config_flags(parser)
+    found = parser.parse_strictly(words)
+    overrides = config_values(found)
+    if found.quiet:
+        overrides["progress"] = "quiet"
+    from phase5_training.commands import train
+
+    return _tell(train(found.config, overrides))
+
+
+def _resume(words: Sequence[str]) -> int:
+    from phase5_training.commands import RESUME_OPTIONS, resume
+
+    parser = Parser("forge resume", description="Continue a run from its newest checkpoint that can be read.")
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+    add_config_flags(parser, RESUME_OPTIONS)
+    found = parser.parse_strictly(words)
+    overrides = config_values(found)
+    if found.quiet:
+        overrides["progress"] = "quiet"
+    return _tell(resume(found.run, overrides))
+
+
+def _evaluate(words: Sequence[str]) -> int:
+    parser = Parser("forge evaluate", description="Measure the best weights of a run.")
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--data", nargs="+", help="data to measure on; default the run's validation data")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    found = parser.parse_strictly(words)
+    from phase5_training.commands import evaluate
+
+    data = found.data[0] if found.data and len(found.data) == 1 else found.data
+    figures = evaluate(found.run, data, found.device)
+    if found.json:
+        print(json.dumps(figures))
+    else:
+        print(_figures({k: v for k, v in figures.items() if not k.startswith("avg_")}))
+    return 0
+
+
+def _report(words: Sequence[str]) -> int:
+    parser = Parser("forge report", description="Write the report of a run, or of several side by side.")
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--output", help="file to write; default report.html in the run's folder")
+    found = parser.parse_strictly(words)
+    from pathlib import Path
+
+    from phase5_training.commands import open_run
+    from phase5_training.report import write_report
+
+    paths = [open_run(folder).path for folder in found.runs]
+    print(write_report(paths, Path(found.output) if found.output else None))
+    return 0
+
+
+def _tell(result: Any) -> int:
+    """Print a run's result; 0, or the shell's code for the signal that interrupted it."""
+    shown = {k: v for k, v in result.metrics.items() if k in _SHOWN and v is not None}
+    print(f"{result.stop_reason} at step {result.metrics['steps']}: {_figures(shown)}")
+    print(f"report: {result.run_dir / 'report.html'}")
+    if result.success:
+        print(f"model: {result.run_dir / 'best'}")
+        return 0
+    print(f"continue with: forge resume {result.run_dir}")
+    return 128 + (result.signal or 2)
+
+
+_SHOWN = (
+    "final_loss",
+    "final_accuracy",
+    "best_val_loss",
+    "best_accuracy",
+    "perplexity",
+    "bits_per_byte",
+    "mse",
+    "r2",
+    "training_time_seconds",
+)
+
+
+def _figures(values: dict[str, Any]) -> str:
+    return "  ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in values.items()
+        if value is not None
+    )
+
+
+VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "demo": _demo,
+    "train": _train,
+    "resume": _resume,
+    "evaluate": _evaluate,
+    "report": _report,
+}
