@@ -495,6 +495,17 @@ def test_map_style_datasets(source, workers):
     assert loader.spec.num_classes == 4
 
 
+@pytest.mark.parametrize("place", [0, 19])
+def test_a_dataset_item_with_nan_is_named(place):
+    class Broken(Pairs):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return (x * float("nan") if i == place else x), y
+
+    with pytest.raises(DataError, match=f"Broken record {place} has NaN or infinity"):
+        load(Broken("pair"))
+
+
 def test_tensor_dataset_is_gathered_by_arrays():
     data = TensorDataset(torch.rand(50, 3), torch.arange(50))
     for batch in load(data, batch_size=7):

@@ -81,7 +81,7 @@ def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *rest: Any) -
         raise ForbiddenGlobal("a tensor over something that is not a storage")
     # Torch would enlarge a storage that is too small, by as much as the file asks for.
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if min(offset, *size, *stride, 0) < 0 or (0 not in size and last >= storage.size()):
+    if min(offset, *size, *stride, 0) < 0 or (0 not in size and last >= storage._size()):
         raise ForbiddenGlobal("a tensor larger than its storage")
     return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, None)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.columns import as_rows
-from phase5_training.pipeline.formats.json import DepthGuard
+from phase5_training.pipeline.formats.json import DepthGuard, JsonStream
+from phase5_training.pipeline.formats.order import EpochOrder
 from phase5_training.pipeline.formats.source import ReadOptions
 
 MODES = [ReadOptions(), ReadOptions(memory_limit=0), ReadOptions(streaming=True, window=8)]
@@ -100,6 +101,23 @@ def test_streaming_a_json_array_keeps_a_bounded_window(tmp_path):
     assert source.gather(np.array([3])).input.tolist() == [[3]]  # back to the beginning
 
 
+def test_a_shuffled_stream_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(JsonStream.iterate.__globals__, "CHUNK_ROWS", 5)
+    n, window = 200, 32
+    path = write(tmp_path / "a.json", [{"input": [i], "target": i} for i in range(n)])
+    source = open_source(path, ReadOptions(streaming=True, window=window))
+    walks = []
+    window_of = source._window
+    opener = window_of._open
+    window_of._open = lambda: walks.append(1) or opener()
+    order = EpochOrder(n, None, seed=3, window=window)
+    for epoch in range(3):
+        for start in range(0, n, 8):
+            wanted = order.slice(epoch, start, start + 8)
+            assert source.gather(wanted).target.tolist() == wanted.tolist()
+        assert len(walks) == epoch + 1
+
+
 def test_blank_lines_count_for_line_numbers_only(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"input": [1], "target": 0}\n\n   \n{"input": [2], "target": 1}\r\n{"input": [3}\n')
@@ -180,7 +198,7 @@ def test_integers_beyond_64_bits_are_not_rounded(tmp_path, name):
         assert "an integer beyond 64 signed bits" in next(iter(source.iterate())).bad[1]
     columns = read(write(tmp_path / name, [{"input": [1e19, 2.5], "target": 0}]))
     assert columns.input.tolist() == [[np.float32(1e19), 2.5]]
-    with pytest.raises(DataError, match="near byte .* integer overflow"):
+    with pytest.raises(DataError, match=r"near byte .* integer overflow"):
         read(write(tmp_path / "s.json", [good, bad]), ReadOptions(streaming=True))
 
 
