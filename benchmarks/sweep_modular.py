@@ -2,8 +2,9 @@
 
     python benchmarks/sweep_modular.py --grid float > benchmarks/records/sweep_modular_float.jsonl
 
-Each run is the demo's model (decoder, 2 layers of width 128) and data (half the table, batch 512), stopped when
-three validations in a row reach 95%, or at the cap. Steps do not depend on the machine's load; seconds do.
+Each run is the demo's model (decoder, 2 layers of width 128) and data (half the table, batch 512), stopped
+when three validations in a row reach 95%, or at the cap. Steps do not depend on the machine's load;
+seconds do.
 """
 
 import argparse

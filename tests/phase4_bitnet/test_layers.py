@@ -3,9 +3,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from oracles import bitnet
 from torch import nn
 
+from oracles import bitnet
 from phase4_bitnet.layers import (
     BitConv1d,
     BitConv2d,

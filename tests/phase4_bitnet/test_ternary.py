@@ -3,8 +3,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import bitnet
 
+from oracles import bitnet
 from phase4_bitnet.ternary import quantize_rows, quantize_weight, requantize_, storable_scale
 
 

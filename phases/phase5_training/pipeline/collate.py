@@ -103,6 +103,7 @@ class Collator:
     def collate(self, columns: Columns) -> dict[str, Any]:
         """Encoded columns as tensors."""
         spec = self.spec
+        inputs: Any
         target: Any
         if spec.task == "next_token":
             inputs, target = self._next_token(columns.input, columns.target)

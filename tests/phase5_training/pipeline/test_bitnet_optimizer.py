@@ -3,9 +3,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from oracles import bitnet, grokfast
 from torch import nn
 
+from oracles import bitnet, grokfast
 from phase4_bitnet.layers import BitLinear
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from oracles import grokfast
 from torch import nn
 
+from oracles import grokfast
 from phase5_training.phases import PhaseSchedule
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig, GrokfastTrainer
 

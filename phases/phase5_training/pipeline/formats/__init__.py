@@ -9,6 +9,7 @@ import difflib
 import glob
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.binary import open_npy, open_npz, open_safetensors, open_tokens
@@ -54,8 +55,8 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
         DataError: nothing there, an unknown extension, mixed formats, or what the reader finds.
     """
     options = options or ReadOptions()
-    several = isinstance(where, (list, tuple))
-    files = [file for item in (where if several else [where]) for file in _files(Path(item))]  # type: ignore[union-attr,list-item]
+    items: list[Any] = list(where) if isinstance(where, (list, tuple)) else [where]
+    files = [file for item in items for file in _files(Path(item))]
     if not files:
         raise DataError("the list of data files is empty; name at least one file")
     kinds = {_reader(file) for file in files}

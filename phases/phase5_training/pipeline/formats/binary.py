@@ -29,12 +29,12 @@ _SAFETENSORS_DTYPES = {
 
 def _npy_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     try:
-        version = np.lib.format.read_magic(file)  # type: ignore[arg-type]
+        version = np.lib.format.read_magic(file)
         reader = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, fortran, dtype = reader(file)  # type: ignore[arg-type]
+        shape, fortran, dtype = reader(file)
     except KeyError as error:
         raise DataError(f"{name}: .npy version {error} is unknown; save it again with numpy.save") from error
     except (ValueError, EOFError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:

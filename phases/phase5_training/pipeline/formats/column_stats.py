@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phase5_training.pipeline.formats.columns import Ragged, Values
+from phase5_training.pipeline.formats.columns import Ragged, Values, as_rows
 from phase5_training.pipeline.formats.record_columns import narrow
 
 Reason = tuple[str, str]  # (short name for counting, sentence for the user)
@@ -87,7 +87,7 @@ class ColumnStats:
             return
         if is_text(values):
             self.kind = "text"
-            self.names.update(map(label_text, values))
+            self.names.update(map(label_text, as_rows(values)))
             return
         if isinstance(values, Ragged):
             self.longest = max(self.longest, int(values.lengths.max()))

@@ -136,7 +136,8 @@ def concat_values(parts: Sequence[Values]) -> Values:
         return np.concatenate(arrays)
     if any(isinstance(p, list) for p in parts):
         return [row for part in parts for row in as_rows(part)]
-    if all(isinstance(p, Ragged) or (p.ndim == 2 and p.dtype.kind == "i") for p in parts):
+    flat = [p for p in arrays if p.ndim == 2 and p.dtype.kind == "i"]
+    if len(flat) + sum(isinstance(p, Ragged) for p in parts) == len(parts):
         ragged = [as_ragged(p) for p in parts]
         starts = np.cumsum([0, *(r.offsets[-1] for r in ragged)])
         offsets = [r.offsets[:-1] + start for r, start in zip(ragged, starts[:-1], strict=True)]

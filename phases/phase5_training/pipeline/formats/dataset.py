@@ -39,7 +39,7 @@ class DatasetSource:
 
     format = "dataset"
     access: Access = "mapped"  # not cached: an item may be a fresh random augmentation
-    vocab_size = None
+    vocab_size: int | None = None
 
     def __init__(self, dataset: Any, full_scan: bool = False) -> None:
         self.dataset, self.paths, self._full = dataset, [type(dataset).__name__], full_scan

@@ -48,7 +48,7 @@ class Hdf5Source:
 
     format = "hdf5"
     access: Access = "mapped"
-    vocab_size = None
+    vocab_size: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path, self.paths = path, [str(path)]

@@ -109,7 +109,7 @@ class JsonStream:
 
     format = "json"
     access: Access = "parsed"
-    vocab_size = None
+    vocab_size: int | None = None
 
     def __init__(self, path: Path, window: int) -> None:
         self.path, self.paths = path, [str(path)]
@@ -177,7 +177,7 @@ class JsonLines:
 
     format = "jsonl"
     access: Access = "parsed"
-    vocab_size = None
+    vocab_size: int | None = None
 
     def __init__(self, path: Path) -> None:
         self.path, self.paths = path, [str(path)]

@@ -69,7 +69,7 @@ def _dtype(description: Any, align: bool = False, copy: bool = False) -> np.dtyp
     if not isinstance(description, str):
         raise ForbiddenGlobal("a dtype that is not named by a string")
     # A copy: the pickled state is applied to it, and the plain np.dtype is shared by all of numpy.
-    return np.dtype(description, False, True)  # type: ignore[call-overload]
+    return np.dtype(description, False, True)
 
 
 def _storage(raw: bytes) -> Any:

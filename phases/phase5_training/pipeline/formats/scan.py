@@ -15,7 +15,7 @@ import numpy as np
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.column_stats import ColumnStats, Reason, every_row, is_text, label_text
-from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values
+from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, as_rows
 from phase5_training.pipeline.formats.infer_spec import build_spec
 from phase5_training.pipeline.formats.source import Source, Tokenizer
 from phase5_training.pipeline.formats.spec import IGNORED_LABEL, DataSpec
@@ -85,8 +85,11 @@ class Scanner:
         task, what = self.options.task, stats.what
         if is_text(values) and self.reference is not None and self.reference.class_names is not None:
             known = set(self.reference.class_names)
-            unknown = [i for i, label in enumerate(values) if label_text(label) not in known]
-            found |= {i: ("label", f"has label {values[i]!r}, which training data lack") for i in unknown}
+            found |= {
+                i: ("label", f"has label {row!r}, which training data lack")
+                for i, row in enumerate(as_rows(values))
+                if label_text(row) not in known
+            }
         if not isinstance(values, np.ndarray) or values.ndim != 1 or task == "regression":
             return found
         if task == "classification" and values.dtype.kind == "f":

@@ -123,7 +123,7 @@ class ArraySource:
         index: np.ndarray | None = None,
     ) -> None:
         self.format, self.paths, self.access = format, paths, access
-        self.vocab_size = None
+        self.vocab_size: int | None = None
         self._bad = bad or {}
         index = np.arange(len(input), dtype=np.int64) if index is None else index
         self._columns = Columns(index, input, target, quality, self._bad)
