@@ -261,9 +261,8 @@ class _Sums:
     def add_task(self, prefix: str, outputs: Tensor, target: Tensor) -> None:
         if not target.is_floating_point():
             self.tasks[prefix] = "class"
-            valid = target != IGNORE_INDEX
-            self.add(f"{prefix}hits", ((outputs.argmax(dim=-1) == target) & valid).sum())
-            self.add(f"{prefix}count", valid.sum())
+            self.add(f"{prefix}hits", (outputs.argmax(dim=-1) == target).sum())  # never -100
+            self.add(f"{prefix}count", (target != IGNORE_INDEX).sum())
             return
         self.tasks[prefix] = "float"
         rows = target.reshape(target.shape[0], -1).double()

@@ -89,6 +89,12 @@ def test_token_figures(loss_fn: str, bytes_per_token: float | None) -> None:
     assert got["samples"] == 6
 
 
+def test_a_batch_of_padding_does_not_spoil_a_plain_function() -> None:
+    logits, y = randn(4, 5), torch.tensor([-100, -100, 2, 3])
+    got = RealTimeValidator(Echo()).run_validation(cut(logits, y, [2, 2]), F.cross_entropy)
+    assert got["loss"] == pytest.approx(oracle.cross_entropy(logits.numpy(), y.numpy()))
+
+
 def test_a_hopeless_model_has_infinite_perplexity() -> None:
     logits = torch.zeros(1, 1, 2)
     logits[0, 0, 1] = 1000.0
@@ -115,7 +121,7 @@ def test_regression_figures_do_not_depend_on_the_batches(sizes: list[int], width
 
 
 def test_r2_of_a_constant_target_is_none() -> None:
-    batches = cut(randn(6), torch.full((6,), 0.1, dtype=torch.float64), [4, 2])
+    batches = cut(randn(6), torch.full((6,), 0.1, dtype=torch.float64), [3, 3])
     got = RealTimeValidator(Echo(), task="regression").run_validation(batches, build_loss("mae"))
     assert got["r2"] is None
     assert got["mae"] == got["loss"]
