@@ -21,7 +21,7 @@ SUPPORT = {f"{P5}.checkpoint", f"{P5}.meter"}
 PHASE4_LEAVES = {f"phase4_bitnet.{name}" for name in ("ternary", "int8_matmul", "packing")}
 FACTORY = f"{P5}.factory"
 # What may know the factory: the package's public face, the command line, and whole programs built on it.
-ABOVE_FACTORY = {P5, f"{P5}.__main__", f"{P5}.cli", f"{P5}.demo", f"{P5}.bench"}
+ABOVE_FACTORY = {P5, f"{P5}.__main__", f"{P5}.cli", f"{P5}.commands", f"{P5}.demo"}
 CLI = f"{P5}.cli"
 MAY_IMPORT_CLI = {f"{P5}.__main__"}
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from phase5_training.errors import DataError, UsageError
-from phase5_training.pipeline.collate import Collator, SampleCache
+from phase5_training.pipeline.data_collate import Collator, SampleCache
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.columns import Columns, concat

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.column_stats import ColumnStats
+from phase5_training.pipeline.formats.source import Source, Tokenizer
 from phase5_training.pipeline.formats.spec import DataSpec, TargetSpec
-
-if TYPE_CHECKING:
-    from phase5_training.pipeline.formats.scan import Scanner
 
 # More distinct labels than this, in more than half of the records, are free text.
 MAX_LABELS = 1000
 
 
-def build_spec(seen: Scanner, kept: int) -> DataSpec:
+class Seen(Protocol):
+    """What the pass over the data hands on; `scan.Scanner` is one."""
+
+    source: Source
+    tokenizer: Tokenizer
+    options: Any
+    reference: DataSpec | None
+    input: ColumnStats
+    target: dict[str, ColumnStats] | None
+    named: bool
+
+
+def build_spec(seen: Seen, kept: int) -> DataSpec:
     """The spec of ``kept`` records that passed the scan.
 
     Raises:
@@ -25,7 +35,7 @@ def build_spec(seen: Scanner, kept: int) -> DataSpec:
 
 
 class _Builder:
-    def __init__(self, seen: Scanner) -> None:
+    def __init__(self, seen: Seen) -> None:
         self.seen, self.options, self.path = seen, seen.options, seen.source.paths[0]
 
     def _input_kind(self) -> Literal["features", "tokens"]:
