@@ -270,7 +270,6 @@ class _Sums:
         # Sums of squares around the first batch's mean: around 0 a large offset would eat the digits.
         if prefix not in self._shifts:
             self._shifts[prefix] = rows.mean(dim=0)
-            self.add(f"{prefix}shift", self._shifts[prefix])
         centered = rows - self._shifts[prefix]
         self.add(f"{prefix}rows", rows.shape[0])
         self.add(f"{prefix}squares", error.square().sum(dim=0))
@@ -296,12 +295,8 @@ class _Sums:
 def _regression(read: Mapping[str, list[float]], prefix: str) -> dict[str, float | None]:
     """mse, mae and r2; r2 is the mean over the outputs, None where an output never varies."""
     rows, squares = read[f"{prefix}rows"][0], read[f"{prefix}squares"]
-    sums = zip(*(read[prefix + key] for key in ("centered_squares", "centered", "shift")), strict=True)
-    # Below the rounding of float64 a spread is noise: that output is constant.
-    spreads = [
-        spread if (spread := total - offset**2 / rows) > rows * (1e-12 * shift) ** 2 else 0.0
-        for total, offset, shift in sums
-    ]
+    sums = zip(read[f"{prefix}centered_squares"], read[f"{prefix}centered"], strict=True)
+    spreads = [total - offset**2 / rows for total, offset in sums]
     r2 = None
     if all(spread > 0 for spread in spreads):
         r2 = sum(1 - error / spread for error, spread in zip(squares, spreads, strict=True)) / len(squares)
