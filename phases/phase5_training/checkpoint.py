@@ -201,6 +201,13 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(entry, ignore_errors=True)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed every random generator that training may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """The state of every random generator that training may draw from."""
     state: dict[str, Any] = {

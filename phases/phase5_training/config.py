@@ -4,7 +4,8 @@ Every option of a run is a field of :class:`TrainingConfig`. ``create_training_p
 fields as keywords, a YAML file has them as keys, and ``forge train`` has a flag for each.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -228,6 +229,35 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(values).__name__}; write one option per line, as 'epochs: 10'"
         )
     return values
+
+
+def full_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function that takes the options as keywords, each spelled out, for help()."""
+    own = inspect.signature(function)
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    known = {p.name for p in kept}
+    fields = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=f.get_default(call_default_factory=True)
+        )
+        for name, f in TrainingConfig.model_fields.items()
+        if name not in known
+    ]
+    return own.replace(parameters=[*kept, *fields])
+
+
+def in_words(value: Any) -> Any:
+    """A name or path as it is; an object that a file cannot hold by its type, in angle brackets.
+
+    Example:
+        >>> in_words("mlp"), in_words(print), in_words(object())
+        ('mlp', '<print>', '<object>')
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (str, Path)) for v in value):
+        return [str(v) for v in value]
+    return f"<{getattr(value, '__name__', type(value).__name__)}>"
 
 
 def _one_line(error: Mapping[str, Any]) -> str:

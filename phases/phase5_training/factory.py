@@ -1,26 +1,23 @@
 """The one place where the parts of a run are put together."""
 
 import asyncio
-import inspect
-import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from phase4_bitnet.store import save_compressed_model
 from phase5_training.callbacks import ProgressDisplay, ReportRefresher
-from phase5_training.checkpoint import CheckpointStore
-from phase5_training.config import TrainingConfig, parse_config
+from phase5_training.checkpoint import CheckpointStore, seed_everything
+from phase5_training.config import TrainingConfig, full_signature, in_words, parse_config
 from phase5_training.defaults import grokfast_figures, rates
 from phase5_training.errors import RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
-from phase5_training.hardware import resolve_amp, resolve_compile, resolve_device
+from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_compile, resolve_device
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
 from phase5_training.models import check_against_data, prepare_model
 from phase5_training.phases import build_schedule
@@ -83,7 +80,7 @@ class TrainingPipeline:
         config = self.config
         self.device = resolve_device(config.device)
         use_amp, amp_dtype = resolve_amp(config.use_amp, config.amp_dtype, self.device)
-        _seed_everything(config.seed)
+        seed_everything(config.seed)
         self._open_data()
         self.model = prepare_model(self._given["model"], config, self.spec).to(self.device)
         first = _first_batch(self.train_loader)
@@ -308,22 +305,12 @@ class TrainingPipeline:
         return min(steps, config.max_steps or steps)
 
     def _estimate_seconds(self, batch: Mapping[str, Any], total_steps: int) -> float:
-        """Length of the run without compilation, from two forwards of one batch."""
-        config = self.config
-        inputs = _to(batch["input"], self.device)
-        seconds = []
+        """Length of the run without compilation."""
         was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            for _ in range(2):
-                started = time.perf_counter()
-                self.model(inputs)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
-                seconds.append(time.perf_counter() - started)
+        inputs = _to(batch["input"], self.device)
+        seconds = estimate_seconds(self.model.eval(), inputs, total_steps, self.device)
         self.model.train(was_training)
-        # A step is about three forwards: one, and two products in backward for each of its.
-        return min(3 * min(seconds) * total_steps, config.max_seconds or float("inf"))
+        return min(seconds, self.config.max_seconds or float("inf"))
 
     def _open_run(self) -> RunDirectory:
         config = self.config
@@ -347,10 +334,10 @@ class TrainingPipeline:
             self.notices.append(f"resumed from {path.name}")
         config = self.resolved.model_dump()
         for key, given in (("model", "model"), ("train_data_path", "train"), ("val_data_path", "val")):
-            config[key] = _in_words(self._given[given])
-        config["loss"] = _in_words(self._given["loss"])
-        config["optimizer"] = _in_words(self._given_optimizer)
-        config["teacher"] = _in_words(self._teacher)
+            config[key] = in_words(self._given[given])
+        config["loss"] = in_words(self._given["loss"])
+        config["optimizer"] = in_words(self._given_optimizer)
+        config["teacher"] = in_words(self._teacher)
         run.write_config(config)
         for record in self._dropped if not self._resuming else ():
             run.append_quarantine(record)
@@ -432,22 +419,7 @@ def create_training_pipeline(
     )
 
 
-def _full_signature(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature with every option spelled out, for help() and editors."""
-    own = inspect.signature(function)
-    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    known = {p.name for p in kept}
-    fields = [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=f.get_default(call_default_factory=True)
-        )
-        for name, f in TrainingConfig.model_fields.items()
-        if name not in known
-    ]
-    return own.replace(parameters=[*kept, *fields])
-
-
-create_training_pipeline.__signature__ = _full_signature(create_training_pipeline)  # type: ignore[attr-defined]
+create_training_pipeline.__signature__ = full_signature(create_training_pipeline)  # type: ignore[attr-defined]
 
 
 def _schedule(config: TrainingConfig, total_steps: int) -> Any:
@@ -462,12 +434,6 @@ def _schedule(config: TrainingConfig, total_steps: int) -> Any:
         )
     }
     return build_schedule(config.schedule, total_steps, **phases)
-
-
-def _seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _first_batch(loader: Any) -> Mapping[str, Any]:
@@ -488,12 +454,3 @@ def _is_data_set(source: Any) -> bool:
 
 def _to(value: Any, device: torch.device) -> Any:
     return {k: _to(v, device) for k, v in value.items()} if isinstance(value, Mapping) else value.to(device)
-
-
-def _in_words(value: Any) -> Any:
-    """A name or path as it is; an object that a file cannot hold by its type, in angle brackets."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, (list, tuple)) and all(isinstance(v, (str, Path)) for v in value):
-        return [str(v) for v in value]
-    return f"<{getattr(value, '__name__', type(value).__name__)}>"
