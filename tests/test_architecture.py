@@ -15,7 +15,9 @@ PACKAGES = ("phase4_bitnet", "phase5_training")
 LONGEST_MODULE = 500
 
 P5 = "phase5_training"
-LEAVES = {f"{P5}.{name}" for name in ("errors", "events", "outputs", "phases", "protocols", "records")}
+LEAVES = {
+    f"{P5}.{name}" for name in ("batches", "errors", "events", "outputs", "phases", "protocols", "records")
+}
 # Parts of the loop that live outside pipeline/: they import leaves only, so pipeline/ may import them.
 SUPPORT = {f"{P5}.checkpoint", f"{P5}.meter"}
 PHASE4_LEAVES = {f"phase4_bitnet.{name}" for name in ("ternary", "int8_matmul", "packing")}

@@ -101,11 +101,10 @@ def requantize_(
     if not weights:
         return
     latents = [w.detach().float() for w in weights]
-    # The L1 norm of every tensor in one call; the mean follows from the sizes.
+    # The L1 norm of every tensor in one call; the mean follows from the sizes. They go in as numbers: a
+    # tensor of them would be copied to the device, which waits for it.
     sums = torch._foreach_norm(latents, 1)
-    mean_abs = torch.stack(sums) / torch.tensor(
-        [max(w.numel(), 1) for w in latents], dtype=torch.float32, device=latents[0].device
-    )
+    mean_abs = torch.stack(torch._foreach_div(sums, [float(max(w.numel(), 1)) for w in latents]))
     ratios = torch._foreach_div(latents, list(mean_abs.clamp(min=SCALE_FLOOR).unbind()))
     if weight_bits == 1.58 and mode == "deterministic":
         torch._foreach_clamp_min_(ratios, -1.0)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from phase4_bitnet.store import save_compressed_model
+from phase5_training.batches import to_device
 from phase5_training.callbacks import ProgressDisplay, ReportRefresher
 from phase5_training.checkpoint import CheckpointStore, seed_everything
 from phase5_training.config import TrainingConfig, full_signature, in_words, parse_config
@@ -307,7 +308,7 @@ class TrainingPipeline:
     def _estimate_seconds(self, batch: Mapping[str, Any], total_steps: int) -> float:
         """Length of the run without compilation."""
         was_training = self.model.training
-        inputs = _to(batch["input"], self.device)
+        inputs = to_device(batch["input"], self.device)
         seconds = estimate_seconds(self.model.eval(), inputs, total_steps, self.device)
         self.model.train(was_training)
         return min(seconds, self.config.max_seconds or float("inf"))
@@ -450,7 +451,3 @@ def _is_data_set(source: Any) -> bool:
     if isinstance(source, (str, Path)) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         return not isinstance(source, (list, tuple)) or all(isinstance(s, (str, Path)) for s in source)
     return False
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    return {k: _to(v, device) for k, v in value.items()} if isinstance(value, Mapping) else value.to(device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phase5_training.batches import count_samples, micro_batches_of, to_device
 from phase5_training.checkpoint import random_state, set_random_state
 from phase5_training.errors import RunFailed, UsageError
 from phase5_training.events import CallbackRegistry, Event
@@ -143,6 +144,7 @@ class TrainingLoop:
         self.module = module
         self.state = LoopState()
         self.best_weights: dict[str, Tensor] | None = None
+        self.best_loss_state: dict[str, Tensor] = {}
         self._stop = False
         self._resumed_random: Mapping[str, Any] | None = None
         self._loss: Any = None
@@ -167,7 +169,6 @@ class TrainingLoop:
             RunFailed: too many steps in a row were not finite, or the data gave no batch.
         """
         self._loss = loss_fn if hasattr(loss_fn, "units") else _PlainLoss(loss_fn)
-        self._stop = False
         self.state.stop_reason = ""
         self._started = time.perf_counter() - self.state.seconds
         self._meter.resume(self._clock())
@@ -186,6 +187,8 @@ class TrainingLoop:
                 self._validate(val_loader)
             self.save()
         finally:
+            # Here and not at the start: a stop that came before the first step counts.
+            self._stop = False
             self.state.seconds = self._clock()
             self.callbacks.fire(
                 Event.FIT_END,
@@ -212,6 +215,7 @@ class TrainingLoop:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "loss": self._loss.state_dict() if hasattr(self._loss, "state_dict") else None,
             "best_weights": self.best_weights,
+            "best_loss_state": self.best_loss_state,
             "random": random_state(),
             "loop": {**vars(self.state), "stop_reason": ""},
             "meter": self._meter.state_dict(),
@@ -234,7 +238,7 @@ class TrainingLoop:
         ):
             if part is not None and state[key]:
                 part.load_state_dict(state[key])
-        self.best_weights = state["best_weights"]
+        self.best_weights, self.best_loss_state = state["best_weights"], state["best_loss_state"]
         self.state = LoopState(**state["loop"])
         self._resumed_random = state["random"]
         self._meter.load_state_dict(state["meter"])
@@ -282,12 +286,12 @@ class TrainingLoop:
     def _step(self, batch: Batch) -> None:
         """One optimizer step on one batch, in micro-batches."""
         state, due = self.state, (self.state.step + 1) % self.config.log_interval == 0
-        micro_batches = _split(batch, self.config.micro_batch_size)
+        micro_batches = micro_batches_of(batch, self.config.micro_batch_size)
         units = [self._loss.units(m) for m in micro_batches]
         total = sum(units)
         loss = torch.zeros((), device=self.device)
         for micro_batch, own in zip(micro_batches, units, strict=True):
-            micro_batch = _to_device(micro_batch, self.device)
+            micro_batch = to_device(micro_batch, self.device)
             with torch.autocast(self.device.type, self.config.amp_dtype, enabled=self.config.use_amp):
                 outputs = self.model(micro_batch["input"])
                 mean = self._loss(outputs, micro_batch)
@@ -307,7 +311,7 @@ class TrainingLoop:
         if self.scheduler:
             self._meter.lr = self.scheduler.get_lr()
             self.scheduler.step()
-        samples = _samples(batch)
+        samples = count_samples(batch)
         self._meter.add(loss, self.optimizer.report.nonfinite, samples)
         state.step, state.batch, state.samples = state.step + 1, state.batch + 1, state.samples + samples
         if self.callbacks.wants(Event.STEP_END):
@@ -406,7 +410,9 @@ class TrainingLoop:
         if self.early_stopping is not None:
             improved, stop = self.early_stopping.update(figures.get(self.early_stopping.monitor), state.step)
             if improved:
-                self.best_weights = {k: v.detach().clone() for k, v in self.module.state_dict().items()}
+                self.best_weights = _copy(self.module.state_dict())
+                # What a loss learned is part of its figure.
+                self.best_loss_state = _copy(getattr(self._loss, "state_dict", dict)())
         metrics = {
             "step": state.step,
             "epoch": state.epoch,
@@ -451,33 +457,8 @@ class _PlainLoss:
         return count_units(batch["target"])
 
 
-def _split(batch: Batch, size: int | None) -> list[Batch]:
-    """Cut a batch into micro-batches of at most ``size`` samples."""
-    samples = _samples(batch)
-    if size is None or samples <= size:
-        return [batch]
-    return [_slice(batch, slice(start, start + size)) for start in range(0, samples, size)]
-
-
-def _slice(value: Any, rows: slice) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _slice(v, rows) for k, v in value.items()}
-    return value[rows]
-
-
-def _samples(batch: Batch) -> int:
-    value: Any = batch["input"]
-    while isinstance(value, Mapping):
-        value = next(iter(value.values()))
-    return len(value)
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: _to_device(v, device) for k, v in value.items()}
-    return value
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}
 
 
 def _length(loader: Any) -> int | None:
