@@ -12,6 +12,7 @@ import itertools
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import torch
 
@@ -53,32 +54,37 @@ def run(folder: str, name: str, seed: int, cap: int, **recipe: object) -> dict[s
 def grids() -> dict[str, list[dict[str, object]]]:
     """The grids by name."""
     plain = {"use_grokfast": False, "schedule": "constant", "warmup_steps": 10}
-    float_grid = [
-        {**plain, "use_bitnet": False, "optimizer": "adamw", "learning_rate": lr, "weight_decay": wd}
-        for lr, wd in itertools.product((1e-3, 2e-3, 3e-3, 5e-3, 8e-3), (0.3, 1.0, 3.0))
-    ]
-    ternary = [
-        {**plain, "optimizer": o, "learning_rate": lr, "weight_decay": wd}
-        for o, lr, wd in (
-            *itertools.product(("adamw",), (3e-3, 5e-3, 8e-3), (0.3, 1.0, 3.0)),
-            *itertools.product(("muon",), (3e-3, 1e-2, 2e-2), (0.1, 1.0)),
-        )
-    ]
+
+    def grid(optimizer: str, rates: Sequence[float], decays: Sequence[float]) -> list[dict[str, object]]:
+        return [
+            {**plain, "optimizer": optimizer, "learning_rate": lr, "weight_decay": wd}
+            for lr, wd in itertools.product(rates, decays)
+        ]
+
+    adamw = grid("adamw", (1e-3, 2e-3, 3e-3), (0.3, 1.0, 3.0)) + grid("adamw", (5e-4, 1e-3, 2e-3), (6.0,))
+    muon = grid("muon", (1e-3, 3e-3, 1e-2), (0.3, 1.0, 3.0))
     filters = [
         {
             **plain, "use_grokfast": True, "grokfast_alpha": a, "grokfast_lambda": g, "optimizer": "adamw",
-            "learning_rate": 5e-3, "weight_decay": 1.0,
+            "learning_rate": 1e-3, "weight_decay": 3.0,
         }
         for a, g in ((0.98, 2.0), (0.9, 1.0), (0.9, 0.5), (0.8, 2.0), (0.5, 1.0))
     ]  # fmt: skip
-    return {"float": float_grid, "ternary": ternary, "filters": filters}
+    in_float = {"use_bitnet": False}
+    return {
+        "float": [{**r, **in_float} for r in adamw],
+        "float_muon": [{**r, **in_float} for r in muon],
+        "ternary": adamw,
+        "ternary_muon": muon,
+        "filters": filters,
+    }
 
 
 def main() -> None:
     """Run the grid that was asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--grid", choices=grids(), required=True)
-    parser.add_argument("--cap", type=int, default=900)
+    parser.add_argument("--cap", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     found = parser.parse_args()

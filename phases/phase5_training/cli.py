@@ -16,6 +16,7 @@ USAGE = """forge: train 1.58-bit networks
   forge resume RUN                 continue a run from its newest checkpoint
   forge evaluate RUN               measure the best weights of a run
   forge report RUN [RUN ...]       write the report of a run, or of several side by side
+  forge write-data TASK            write a real task's data files, to train on
 
 `forge VERB --help` lists the flags. --debug shows the traceback of an error.
 Exit code: 0 done, 1 the run failed, 2 a mistake in the call or the data, 130 or 143 interrupted and saved.
@@ -148,6 +149,23 @@ def _report(words: Sequence[str]) -> int:
     return 0
 
 
+def _write_data(words: Sequence[str]) -> int:
+    parser = Parser("forge write-data", description="Write a real task's data files; nothing is downloaded.")
+    parser.add_argument(
+        "task", help="modular_arithmetic, digits, python_text, breast_cancer, wine or diabetes"
+    )
+    parser.add_argument(
+        "--format", default="json", help="json, jsonl, hdf5, pickle, npz, npy, safetensors or bin"
+    )
+    parser.add_argument("--output", default="data", help="folder; default data")
+    found = parser.parse_strictly(words)
+    from phase5_training.tasks import load_task
+
+    for path in load_task(found.task).write(found.output, found.format):
+        print(path)
+    return 0
+
+
 def _tell(result: Any) -> int:
     """Print a run's result; 0, or the shell's code for the signal that interrupted it."""
     shown = {k: v for k, v in result.metrics.items() if k in _SHOWN and v is not None}
@@ -187,4 +205,5 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "resume": _resume,
     "evaluate": _evaluate,
     "report": _report,
+    "write-data": _write_data,
 }
