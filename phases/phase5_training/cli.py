@@ -1,8 +1,10 @@
 """The command line: parsing and exit codes. What the verbs do is in ``commands`` and ``demo``."""
 
 import json
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,21 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [w for w in words if w != "--debug"]
+    if os.getcwd() not in sys.path:
+        # A package.module:function is looked for where the command is called, after all that is installed.
+        sys.path.append(os.getcwd())
     try:
-        if not words or words[0] in ("-h", "--help", "help"):
-            print(USAGE, end="")
-            return 0
-        if words[0] == "--version":
-            from importlib import metadata
-
-            print(metadata.version("forge-training"))
-            return 0
-        verb = words[0]
-        if verb not in VERBS:
-            near = nearest_match(verb, VERBS)
-            hint = f"did you mean '{near}'?" if near else f"use one of {', '.join(VERBS)}"
-            raise UsageError(f"unknown command {verb!r}; {hint}")
-        return VERBS[verb](words[1:])
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            return _call(words)
     except (ForgeError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
@@ -66,6 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kind = type(error).__name__
             print(f"forge: unexpected {kind}: {_one_line(error)}; --debug shows where", file=sys.stderr)
         return 1
+
+
+def _call(words: Sequence[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0
+    if words[0] == "--version":
+        from importlib import metadata
+
+        print(metadata.version("forge-training"))
+        return 0
+    verb = words[0]
+    if verb not in VERBS:
+        near = nearest_match(verb, VERBS)
+        hint = f"did you mean '{near}'?" if near else f"use one of {', '.join(VERBS)}"
+        raise UsageError(f"unknown command {verb!r}; {hint}")
+    return VERBS[verb](words[1:])
+
+
+def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
+    print(f"forge: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:
@@ -103,7 +118,8 @@ def _train(words: Sequence[str]) -> int:
 
 
 def _resume(words: Sequence[str]) -> int:
-    from phase5_training.commands import RESUME_OPTIONS, resume
+    from phase5_training.commands import resume
+    from phase5_training.config import RESUME_OPTIONS
 
     parser = Parser("forge resume", description="Continue a run from its newest checkpoint that can be read.")
     parser.add_argument("run", help="folder of the run")

@@ -1,40 +1,25 @@
 """What the verbs of the command line do, as functions of plain arguments."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from phase4_bitnet.store import load_compressed_model
+from phase5_training.assembly import data_config, loss_of, validator_of
+from phase5_training.checkpoint import CheckpointStore
 from phase5_training.config import TrainingConfig, load_yaml, parse_config
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.factory import TrainingPipeline, create_training_pipeline
-from phase5_training.hardware import resolve_device
-from phase5_training.loss_registry import build_loss, infer_loss_name, infer_task_losses
+from phase5_training.hardware import resolve_amp, resolve_device
 from phase5_training.models import check_against_data, prepare_model
-from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
-from phase5_training.pipeline.validation import RealTimeValidator
+from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.records import RunDirectory
 from phase5_training.results import TrainingResult
 
-# What may differ from the run that is resumed without making it another run.
-RESUME_OPTIONS = (
-    "epochs",
-    "max_steps",
-    "max_seconds",
-    "train_data_path",
-    "val_data_path",
-    "num_workers",
-    "device",
-    "patience",
-    "early_stopping",
-    "eval_interval",
-    "log_interval",
-    "checkpoint_interval",
-    "keep_checkpoints",
-    "progress",
-)
+# What lets a complete run go on.
+EXTENDING = {"epochs", "max_steps", "max_seconds", "patience", "early_stopping"}
 
 
 def pipeline_from(values: Mapping[str, Any]) -> TrainingPipeline:
@@ -62,15 +47,17 @@ def resume(folder: str, overrides: Mapping[str, Any]) -> TrainingResult:
         UsageError: there is no run, it is complete, or it cannot be rebuilt from its records.
     """
     run = open_run(folder)
-    values = _rebuildable(run)
+    values = run.read_config()
+    again = "call create_training_pipeline with the same objects and auto_resume=True"
+    _refuse_objects(run, values, [k for k in values if k not in overrides], again)
     result = run.read_result()
-    if result and result.get("success") and not overrides:
+    if result and result.get("success") and not EXTENDING & set(overrides):
         steps = result["metrics"].get("steps")
         more = "--patience" if result.get("stop_reason") == "early_stop" else "--epochs or --max-steps"
         raise UsageError(
             f"{folder} is complete at step {steps} ({result['stop_reason']}); give {more} to go on"
         )
-    if not run.checkpoints.is_dir():
+    if not CheckpointStore(folder=run.checkpoints).paths():
         raise UsageError(f"{folder} has no checkpoint yet; start it again with `forge train --overwrite`")
     path = run.path.resolve()
     values.update(
@@ -97,43 +84,38 @@ def evaluate(folder: str, data: str | Sequence[str] | None = None, device: str =
     run = open_run(folder)
     if not (run.best / "manifest.json").is_file():
         raise UsageError(f"{folder} has no finished model; continue it with `forge resume {folder}`")
-    config = parse_config(_rebuildable(run))
-    loader_config = DataConfig(
-        batch_size=config.batch_size,
-        quality_threshold=config.quality_threshold,
-        validation_split=0.0 if config.val_data_path else config.validation_split,
-        seed=config.seed,
-        max_length=config.max_length,
-        tokenizer=config.tokenizer,
-        task=config.task,
-    )
-    training, loader = DataLoaderFactory.create_loaders(config.train_data_path, loader_config)
-    if data is not None or config.val_data_path:
+    recorded = run.read_config()
+    _refuse_objects(run, recorded, ["loss"], "measure it in Python, with RealTimeValidator")
+    source = data if data is not None else recorded.get("val_data_path")
+    wanted = ["val_data_path" if source else "train_data_path"] if data is None else []
+    _refuse_objects(run, recorded, wanted, "give --data FILE")
+    recorded.pop("teacher", None)
+    config = parse_config(recorded)
+    spec, loader = None, None
+    if not _is_object(config.train_data_path):
         # The training data number the classes.
+        training, loader = DataLoaderFactory.create_loaders(
+            config.train_data_path, data_config(config, split=source is None)
+        )
+        spec = training.spec
+    if source is not None:
         loader = DataLoaderFactory.create_loader(
-            data if data is not None else config.val_data_path,
-            loader_config,
-            split="validation",
-            spec=training.spec,
+            source, data_config(config, split=False), split="validation", spec=spec
         )
     if loader is None:
         raise UsageError(f"{folder} was trained without validation data; give --data FILE")
     where = resolve_device(device)
-    model = _stored_model(run, config, training.spec).to(where)
-    batch = next(iter(loader))
-    check_against_data(model, batch, loader.spec, where)
-    several = isinstance(batch["target"], Mapping)
-    loss = build_loss(
-        config.loss if config.loss not in (None, "distillation") else infer_loss_name(loader.spec),
-        model=model,
-        penalty=config.quantization_penalty,
-        label_smoothing=config.label_smoothing,
-        tasks=infer_task_losses(batch["target"]) if several else None,
-    ).to(where)
-    one_byte = loader.spec.tokenizer in (None, "bytes")
-    validator = RealTimeValidator(
-        model, task=loader.spec.task, device=where, bytes_per_token=1.0 if one_byte else None
-    )
+    model = _stored_model(run, config).to(where)
+    # A teacher is not part of a run's records: its student is judged by the labels alone.
+    name = config.loss if config.loss != "distillation" else None
+    loss = loss_of(config, name, model=model, spec=loader.spec, batch=loader.first()).to(where)
+    check_against_data(model, loss, loader.first(), loader.spec, where)
+    learned = (run.read_result() or {}).get("loss", {}).get("learned")
+    if learned:
+        loss.load_state_dict({k: torch.tensor(v) for k, v in learned.items()})
+    same_device = where.type == torch.device(config.device).type
+    use_amp, amp_dtype = resolve_amp(config.use_amp if same_device else False, config.amp_dtype, where)
+    validator = validator_of(model, loader.spec, where, use_amp, amp_dtype)
     return validator.run_validation(loader, loss)
 
 
@@ -157,23 +139,28 @@ def open_run(folder: str) -> RunDirectory:
     return run
 
 
-def _rebuildable(run: RunDirectory) -> dict[str, Any]:
-    values = run.read_config()
-    values.pop("teacher", None)
-    for key, value in values.items():
-        if isinstance(value, str) and value.startswith("<"):
+def _refuse_objects(run: RunDirectory, values: Mapping[str, Any], keys: Iterable[str], remedy: str) -> None:
+    for key in keys:
+        if _is_object(values.get(key)):
             raise UsageError(
-                f"{run.path} was started from Python with its own {key} ({value}), which no file holds; call "
-                "create_training_pipeline with the same objects and auto_resume=True"
+                f"{run.path} was started from Python with its own {key} ({values[key]}), which no file "
+                f"holds; {remedy}"
             )
-    return values
 
 
-def _stored_model(run: RunDirectory, config: TrainingConfig, spec: Any) -> torch.nn.Module:
+def _is_object(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("<")
+
+
+def _stored_model(run: RunDirectory, config: TrainingConfig) -> torch.nn.Module:
     try:
         return load_compressed_model(run.best)
-    except ValueError:
+    except (ValueError, FileNotFoundError) as error:
         if ":" not in config.model:
-            raise
-        # The user's own class: made by the function that made it for training, then filled.
-        return load_compressed_model(run.best, model=prepare_model(config.model, config, spec))
+            raise UsageError(str(error)) from error
+    # The user's own class: made by the function that made it for training, then filled.
+    model = prepare_model(config.model, config, spec=None)
+    try:
+        return load_compressed_model(run.best, model=model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -14,6 +14,24 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from phase5_training.errors import UsageError, nearest_match
 
+# What may differ from the run that is resumed without making it another run.
+RESUME_OPTIONS = (
+    "epochs",
+    "max_steps",
+    "max_seconds",
+    "train_data_path",
+    "val_data_path",
+    "num_workers",
+    "device",
+    "patience",
+    "early_stopping",
+    "eval_interval",
+    "log_interval",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "progress",
+)
+
 Positive = Annotated[int, Field(ge=1)]
 Switch = bool | Literal["auto"]
 
@@ -229,6 +247,35 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
             f"{path} holds a {type(values).__name__}; write one option per line, as 'epochs: 10'"
         )
     return values
+
+
+def check_same_run(run: str, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Whether options resume the run that was recorded, and do not make it another.
+
+    Args:
+        run: what is named in the message.
+        recorded: options as config.yaml holds them.
+        given: options in the same form.
+
+    Raises:
+        UsageError: an option that decides the result differs.
+    """
+    free = {
+        *RESUME_OPTIONS,
+        "overwrite",
+        "auto_resume",
+        "experiment_name",
+        "output_dir",
+        "compile",
+        "cache_size",
+    }
+    for name, old in recorded.items():
+        new = given.get(name)
+        if name not in free and new != old:
+            raise UsageError(
+                f"{run} was started with {name}={old!r} and cannot go on with {name}={new!r}; "
+                "use the old value, or another experiment_name"
+            )
 
 
 def full_signature(function: Callable[..., Any]) -> inspect.Signature:

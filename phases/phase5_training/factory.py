@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,25 +12,24 @@ from torch import nn
 from torch.optim import Optimizer
 
 from phase4_bitnet.store import save_compressed_model
+from phase5_training.assembly import data_config, has_samples, loss_of, schedule_of, validator_of
 from phase5_training.batches import to_device
 from phase5_training.callbacks import ProgressDisplay, ReportRefresher
 from phase5_training.checkpoint import CheckpointStore, seed_everything
-from phase5_training.config import TrainingConfig, full_signature, in_words, parse_config
+from phase5_training.config import TrainingConfig, check_same_run, full_signature, in_words, parse_config
 from phase5_training.defaults import grokfast_figures, rates
-from phase5_training.errors import RunFailed, UsageError
+from phase5_training.errors import DataError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_compile, resolve_device
-from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
-from phase5_training.models import check_against_data, prepare_model
-from phase5_training.phases import build_schedule
+from phase5_training.models import check_against_data, check_monitor, prepare_model
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
-from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
 from phase5_training.pipeline.scheduler import GrokfastScheduler
 from phase5_training.pipeline.training_loop import LoopConfig, LoopState, TrainingLoop
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
 from phase5_training.recorder import Recorder
-from phase5_training.records import RunDirectory
+from phase5_training.records import RunDirectory, plain
 from phase5_training.results import TrainingResult, result_metrics, result_record
 from phase5_training.signals import stop_on_signals
 
@@ -78,17 +78,20 @@ class TrainingPipeline:
         """
         if self.ready:
             return self
-        config = self.config
+        config = self.config = self._as_begun(self.config)
         self.device = resolve_device(config.device)
         use_amp, amp_dtype = resolve_amp(config.use_amp, config.amp_dtype, self.device)
         seed_everything(config.seed)
         self._open_data()
         self.model = prepare_model(self._given["model"], config, self.spec).to(self.device)
-        first = _first_batch(self.train_loader)
-        check_against_data(self.model, first, self.spec, self.device)
-        self.loss = self._build_loss(first).to(self.device)
+        first = self.train_loader.first()
+        self.loss = loss_of(
+            config, self._given["loss"], model=self.model, spec=self.spec, batch=first, teacher=self._teacher
+        ).to(self.device)
+        check_against_data(self.model, self.loss, first, self.spec, self.device)
+        validator = self._checked_validator(use_amp, amp_dtype) if self.val_loader is not None else None
         total_steps = self._total_steps()
-        plan = _schedule(config, total_steps)
+        plan = schedule_of(config, total_steps)
         learning_rate, weight_decay = self._rates()
         alpha, gain = grokfast_figures(config)
         inner = self._given_optimizer
@@ -124,6 +127,8 @@ class TrainingPipeline:
                 "compile": compiled,
                 "device": str(self.device),
                 "experiment_name": self.run_directory.path.name,
+                "overwrite": False,
+                "auto_resume": False,
             }
         )
         self.loop = TrainingLoop(
@@ -141,7 +146,7 @@ class TrainingPipeline:
                 amp_dtype=amp_dtype,
             ),
             scheduler=GrokfastScheduler(self.optimizer, plan),
-            validator=self._validator(use_amp, amp_dtype) if self.val_loader is not None else None,
+            validator=validator,
             early_stopping=(
                 EarlyStopping(config.patience if config.early_stopping else None, config.monitor)
                 if self.val_loader is not None
@@ -178,8 +183,12 @@ class TrainingPipeline:
         """
         self.setup()
         assert self.run_directory is not None
-        with stop_on_signals(self.loop.stop) as signals:
-            state = self.loop.train(self.train_loader, self.loss, self.val_loader)
+        try:
+            with stop_on_signals(self.loop.stop) as signals:
+                state = self.loop.train(self.train_loader, self.loss, self.val_loader)
+        except DataError as error:
+            # The call was right when it was checked: the data changed, or can be read once only.
+            raise RunFailed(str(error)) from error
         interrupted = state.stop_reason == "interrupted"
         if not interrupted:
             self._finish(state)
@@ -194,7 +203,9 @@ class TrainingPipeline:
         data = self.train_loader.description()
         if self.val_loader is not None:
             data["validation"] = self.val_loader.description()
-        self.run_directory.write_result(result_record(result, data=data, notices=self.notices))
+        self.run_directory.write_result(
+            result_record(result, data=data, notices=self.notices, loss=self.loss)
+        )
         ReportRefresher(self.run_directory).refresh(state.step)
         return result
 
@@ -203,6 +214,7 @@ class TrainingPipeline:
 
         Raises:
             asyncio.CancelledError: the task was cancelled; the run has been saved first.
+            RunFailed: the run could not be finished, or not be saved.
         """
         self.setup()
         running = asyncio.create_task(asyncio.to_thread(self.run))
@@ -211,6 +223,7 @@ class TrainingPipeline:
         except asyncio.CancelledError:
             self.loop.stop()
             await asyncio.wait({running})
+            running.result()
             raise
 
     # -- parts of setup ------------------------------------------------------------------------
@@ -218,21 +231,8 @@ class TrainingPipeline:
     def _open_data(self) -> None:
         config = self.config
         own_validation = self._given["val"] is not None
-        ready_batches = not _is_data_set(self._given["train"])
-        data = DataConfig(
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
-            cache_size=config.cache_size,
-            streaming=config.streaming,
-            quality_threshold=config.quality_threshold,
-            validation_split=0.0 if own_validation or ready_batches else config.validation_split,
-            seed=config.seed,
-            shuffle=config.shuffle,
-            drop_last=config.drop_last,
-            max_length=config.max_length,
-            tokenizer=config.tokenizer,
-            task=config.task,
-        )
+        ready_batches = not has_samples(self._given["train"])
+        data = data_config(config, split=not own_validation and not ready_batches)
         dropped: list[dict[str, Any]] = []
         self._dropped = dropped
         self.train_loader, self.val_loader = DataLoaderFactory.create_loaders(
@@ -248,33 +248,18 @@ class TrainingPipeline:
                 quarantine=dropped.append,
             )
 
-    def _build_loss(self, batch: Mapping[str, Any]) -> Loss:
-        config, given = self.config, self._given["loss"]
-        if given is None:
-            given = "distillation" if self._teacher is not None else infer_loss_name(self.spec)
-        if self._teacher is not None:
-            self._teacher.to(self.device)
-        return build_loss(
-            given,
-            model=self.model,
-            teacher=self._teacher,
-            tasks=infer_task_losses(batch["target"]) if isinstance(batch["target"], Mapping) else None,
-            penalty=config.quantization_penalty,
-            label_smoothing=config.label_smoothing,
-            temperature=config.distillation_temperature,
-            alpha=config.distillation_alpha,
-        )
-
-    def _validator(self, use_amp: bool, amp_dtype: torch.dtype) -> RealTimeValidator:
-        byte_tokens = self.spec.tokenizer in (None, "bytes")
-        return RealTimeValidator(
-            self.model,
-            task=self.spec.task,
-            device=self.device,
-            use_amp=use_amp,
-            amp_dtype=amp_dtype,
-            bytes_per_token=1.0 if byte_tokens else None,
-        )
+    def _checked_validator(self, use_amp: bool, amp_dtype: torch.dtype) -> RealTimeValidator:
+        config, loader = self.config, self.val_loader
+        assert loader is not None
+        validator = validator_of(self.model, self.spec, self.device, use_amp, amp_dtype)
+        if self._given["val"] is not None:
+            try:
+                check_against_data(self.model, self.loss, loader.first(), loader.spec, self.device)
+            except UsageError as error:
+                raise UsageError(f"validation data: {error}") from error
+        if config.monitor != "loss":
+            check_monitor(config.monitor, validator.validate_step(loader.first(), self.loss))
+        return validator
 
     def _rates(self) -> tuple[float, float]:
         config = self.config
@@ -313,37 +298,73 @@ class TrainingPipeline:
         self.model.train(was_training)
         return min(seconds, self.config.max_seconds or float("inf"))
 
+    def _as_begun(self, config: TrainingConfig) -> TrainingConfig:
+        """The configuration, with what an earlier session of the same run chose where it leaves a choice."""
+        name = config.experiment_name
+        run = RunDirectory(Path(config.output_dir) / name) if name else None
+        saved = run is not None and bool(CheckpointStore(folder=run.checkpoints).paths())
+        self._resuming = config.auto_resume and saved and run is not None and run.exists()
+        # A run that was killed before its first checkpoint has nothing to continue from or to lose.
+        self._afresh = config.auto_resume and run is not None and not saved and not run.best.is_dir()
+        if not self._resuming:
+            return config
+        assert run is not None
+        recorded = run.read_config()
+        names = ["use_amp", "compile"]
+        if isinstance(self._given_optimizer, str):
+            names += ["learning_rate", "weight_decay", "grokfast_alpha", "grokfast_lambda"]
+        open_choices = {n for n in names if getattr(config, n) in (None, "auto")}
+        return config.model_copy(update={n: recorded[n] for n in open_choices if n in recorded})
+
     def _open_run(self) -> RunDirectory:
         config = self.config
         name = (
             config.experiment_name or f"{type(self.model).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
         )
-        exists = RunDirectory(Path(config.output_dir) / name).checkpoints.is_dir()
-        self._resuming = config.auto_resume and exists
         return RunDirectory.create(
-            config.output_dir, name, resume=self._resuming, overwrite=config.overwrite and not self._resuming
+            config.output_dir,
+            name,
+            resume=self._resuming,
+            overwrite=(config.overwrite or self._afresh) and not self._resuming,
         )
 
     def _resume_or_begin(self) -> None:
         run = self.run_directory
         assert run is not None
+        config = self._record()
         if self._resuming:
-            path, state = self.loop.checkpoints.load_newest(self.notices.append)  # type: ignore[union-attr]
-            self.loop.load_state_dict(state, self.loss)
+            check_same_run(str(run.path), run.read_config(), plain(config))
+            refused: list[str] = []
+            path, state = self.loop.checkpoints.load_newest(refused.append)  # type: ignore[union-attr]
+            try:
+                self.loop.load_state_dict(state, self.loss)
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise UsageError(
+                    f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the model, "
+                    "loss and optimizer that it was started with"
+                ) from error
+            for reason in refused:
+                self.notices.append(f"{reason.split(';')[0]}; resumed from {path.name} instead")
+                warnings.warn(self.notices[-1], stacklevel=2)
             run.truncate_metrics(self.loop.state.step)
             run.append_event({"event": "resumed", "step": self.loop.state.step, "checkpoint": path.name})
             self.notices.append(f"resumed from {path.name}")
-        config = self.resolved.model_dump()
-        for key, given in (("model", "model"), ("train_data_path", "train"), ("val_data_path", "val")):
-            config[key] = in_words(self._given[given])
-        config["loss"] = in_words(self._given["loss"])
-        config["optimizer"] = in_words(self._given_optimizer)
-        config["teacher"] = in_words(self._teacher)
         run.write_config(config)
         for record in self._dropped if not self._resuming else ():
             run.append_quarantine(record)
         for notice in self.notices:
             run.append_event({"event": "notice", "text": notice})
+
+    def _record(self) -> dict[str, Any]:
+        """What config.yaml holds: options that `forge train` takes, and objects in words."""
+        config = self.resolved.model_dump()
+        for key, given in (("model", "model"), ("train_data_path", "train"), ("val_data_path", "val")):
+            config[key] = in_words(self._given[given])
+        config["loss"] = in_words(self._given["loss"])
+        config["optimizer"] = in_words(self._given_optimizer)
+        if self._teacher is not None:
+            config["teacher"] = in_words(self._teacher)
+        return config
 
     # -- the end of a run ------------------------------------------------------------------------
 
@@ -352,6 +373,8 @@ class TrainingPipeline:
         self.optimizer.release()
         if self.config.early_stopping and self.loop.best_weights is not None:
             self.model.load_state_dict(self.loop.best_weights)
+            if self.loop.best_loss_state:
+                self.loss.load_state_dict(self.loop.best_loss_state)
             if state.validated_step != self.loop.early_stopping.best_step:  # type: ignore[union-attr]
                 assert self.loop.validator is not None
                 assert self.val_loader is not None
@@ -421,33 +444,3 @@ def create_training_pipeline(
 
 
 create_training_pipeline.__signature__ = full_signature(create_training_pipeline)  # type: ignore[attr-defined]
-
-
-def _schedule(config: TrainingConfig, total_steps: int) -> Any:
-    phases = {
-        key: getattr(config, key)
-        for key in (
-            "warmup_steps",
-            "acceleration_steps",
-            "consolidation_steps",
-            "acceleration_multiplier",
-            "consolidation_multiplier",
-        )
-    }
-    return build_schedule(config.schedule, total_steps, **phases)
-
-
-def _first_batch(loader: Any) -> Mapping[str, Any]:
-    batch = next(iter(loader), None)
-    if batch is None:
-        raise RunFailed("the training data gave no batch; check that the data set is not empty")
-    if hasattr(loader, "set_position"):
-        loader.set_position(0, 0)
-    return batch
-
-
-def _is_data_set(source: Any) -> bool:
-    """Whether the source has samples to split, as opposed to ready batches."""
-    if isinstance(source, (str, Path)) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
-        return not isinstance(source, (list, tuple)) or all(isinstance(s, (str, Path)) for s in source)
-    return False

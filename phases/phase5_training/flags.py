@@ -13,6 +13,10 @@ from phase5_training.errors import UsageError, nearest_match
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line with the nearest flag, raised and not printed."""
 
+    def __init__(self, prog: str, usage: str | None = None, description: str | None = None) -> None:
+        # A shortened flag would change its meaning when a flag is added.
+        super().__init__(prog, usage, description, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and leaving."""
         raise UsageError(f"{self.prog}: {message}; see `{self.prog} --help`")
@@ -23,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UsageError: an unknown flag, with the nearest that exists, or an argument too many.
         """
-        found, rest = self.parse_known_args(list(args))
+        found, rest = self.parse_known_args(self._spelled_out(args))
         for word in rest:
             if word.startswith("-"):
                 name = word.split("=", 1)[0]
@@ -33,6 +37,15 @@ class Parser(argparse.ArgumentParser):
                 raise UsageError(f"unknown flag {name!r}; {hint}")
             raise UsageError(f"{word!r} is one argument too many; see `{self.prog} --help`")
         return found
+
+    def _spelled_out(self, args: Sequence[str]) -> list[str]:
+        """``--overwrite run.yaml`` as ``--overwrite=true run.yaml``: a file is no yes or no."""
+        switches = {flag for action in self._actions if action.nargs == "?" for flag in action.option_strings}
+        following = [*args[1:], ""]
+        return [
+            f"{word}=true" if word in switches and after.endswith((".yaml", ".yml")) else word
+            for word, after in zip(args, following, strict=True)
+        ]
 
 
 def add_config_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """The model of a run: taken as given or built by name, made ternary, checked against the data."""
 
+import contextlib
+import dataclasses
 import importlib
 import math
 from collections.abc import Mapping
@@ -9,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phase4_bitnet.architectures import REGISTRY, build_model
+from phase4_bitnet.architectures import REGISTRY, TernaryConfig, build_model
 from phase4_bitnet.convert import convert_model_to_bitnet
 from phase4_bitnet.layers import TernaryWeight, ternary_layers
 from phase4_bitnet.store import load_compressed_model, session_folder
+from phase5_training.batches import rows_of, to_device
 from phase5_training.config import TrainingConfig
-from phase5_training.errors import UsageError, nearest_match
+from phase5_training.errors import ForgeError, UsageError, nearest_match
+from phase5_training.loss_registry import Loss
 from phase5_training.outputs import unwrap_outputs
 
 
@@ -41,9 +45,14 @@ def prepare_model(given: nn.Module | Mapping[str, Any] | str, config: TrainingCo
         model = _by_name(model, config, spec)
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; pass an nn.Module or a name")
+    if config.model_options and not isinstance(given, str):
+        raise UsageError("model_options build a model by name; leave them out, or give model='mlp'")
+    ternary = any(True for _ in ternary_layers(model))
     if not config.use_bitnet:
+        if ternary:
+            raise UsageError("use_bitnet=False and the model has ternary layers; give the float model")
         return model
-    if any(True for _ in ternary_layers(model)):
+    if ternary:
         # Made ternary before, by phase 4 or as a reference architecture: its own choice of layers holds.
         return _with_mode(model, config)
     try:
@@ -59,6 +68,10 @@ def prepare_model(given: nn.Module | Mapping[str, Any] | str, config: TrainingCo
 
 
 def _with_mode(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    if config.float_layers is not None:
+        raise UsageError(
+            "float_layers choose what to convert, and the model is ternary already; leave it out"
+        )
     for name, layer in ternary_layers(model):
         if layer.weight_bits != config.weight_bits:
             raise UsageError(
@@ -66,6 +79,10 @@ def _with_mode(model: nn.Module, config: TrainingConfig) -> nn.Module:
                 f"use weight_bits={layer.weight_bits}, or give the float model"
             )
         layer.quantization_mode = config.quantization_mode
+    own = getattr(model, "config", None)
+    if isinstance(own, TernaryConfig):
+        # The stored model is rebuilt from this.
+        model.config = dataclasses.replace(own, quantization_mode=config.quantization_mode)  # type: ignore[assignment]
     return model
 
 
@@ -82,7 +99,10 @@ def _by_name(name: str, config: TrainingConfig, spec: Any) -> nn.Module:
         raise UsageError(f"model_options belong to {' and '.join(REGISTRY)}, and model is {name!r}")
     if ":" in name:
         return _from_function(name)
-    folder = Path(name) if Path(name).is_dir() else session_folder(name)
+    folder = Path(name)
+    if not folder.is_dir():
+        with contextlib.suppress(ValueError):  # not even the form of a session's id
+            folder = session_folder(name)
     if not folder.is_dir():
         near = nearest_match(name, ["auto", *REGISTRY])
         hint = f"did you mean {near!r}? " if near else ""
@@ -99,11 +119,18 @@ def _by_name(name: str, config: TrainingConfig, spec: Any) -> nn.Module:
 def _from_function(name: str) -> nn.Module:
     module_name, _, function_name = name.partition(":")
     try:
-        model = getattr(importlib.import_module(module_name), function_name)()
-    except (ImportError, AttributeError) as error:
+        make = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # the user's module may fail in any way
+        hint = "; is its folder on PYTHONPATH?" if isinstance(error, ImportError) else ""
         raise UsageError(
-            f"model {name!r} cannot be imported: {error}; is its folder on PYTHONPATH?"
-        ) from None
+            f"model {name!r} cannot be imported: {type(error).__name__}: {error}{hint}"
+        ) from error
+    try:
+        model = make()
+    except Exception as error:
+        raise UsageError(
+            f"model {name!r} failed: {type(error).__name__}: {error}; wanted a function without arguments"
+        ) from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r} returned a {type(model).__name__}; wanted an nn.Module")
     return model
@@ -151,8 +178,16 @@ def _options_from_data(name: str, config: TrainingConfig, spec: Any) -> dict[str
     }
 
 
-def check_against_data(model: nn.Module, batch: Mapping[str, Any], spec: Any, device: torch.device) -> None:
-    """Run two samples through the model and compare what comes out with what the data hold.
+def check_against_data(
+    model: nn.Module, loss: Loss, batch: Mapping[str, Any], spec: Any, device: torch.device
+) -> None:
+    """Run two samples through model and loss, and compare what comes out with what the data hold.
+
+    Args:
+        model, loss: on the device.
+        batch: of the data.
+        spec: what the data are.
+        device: where to compute.
 
     Raises:
         UsageError: the model refuses the input, has too few outputs for the labels or too few
@@ -165,23 +200,48 @@ def check_against_data(model: nn.Module, batch: Mapping[str, Any], spec: Any, de
             f"the data hold token {top} and the model embeds {embedding.num_embeddings} tokens "
             f"(0 to {embedding.num_embeddings - 1}); build it with vocab_size={top + 1}"
         )
-    few = {k: _first_rows(v, device) for k, v in batch.items()}
+    few = to_device(rows_of(batch, slice(2)), device)
     modes = {m: m.training for m in model.modules()}
     generator = torch.get_rng_state()
     try:
         model.eval()
         with torch.no_grad():
-            outputs = unwrap_outputs(model(few["input"]))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            outputs = model(few["input"])
+            if loss.kind != "custom":  # a loss of one's own may want outputs of any shape
+                _check_outputs(unwrap_outputs(outputs, few["target"]), few["target"], spec)
+            loss(outputs, few)
+    except ForgeError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
         raise UsageError(
-            f"the model cannot take the data: input of shape {_shape(few['input'])} per batch of two gives "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"the model and its loss cannot take the data: input of shape {_shape(few['input'])} and "
+            f"target of shape {_shape(few['target'])} (two samples) give {type(error).__name__}: "
+            f"{(str(error).splitlines() or [''])[0]}"
         ) from error
     finally:
         torch.set_rng_state(generator)
         for module, training in modes.items():
             module.training = training
-    _check_outputs(outputs, few["target"], spec)
+
+
+def check_monitor(monitor: str, figures: Mapping[str, Any]) -> None:
+    """Whether validation measures the figure that early stopping is to go by.
+
+    Args:
+        monitor: the figure's name.
+        figures: of a validation.
+
+    Raises:
+        UsageError: it is not measured for this task; names the nearest that is.
+    """
+    # r2 has no value where the first targets happen to be equal.
+    known = [
+        k for k, v in figures.items() if k not in ("samples", "units") and (v is not None or k[-2:] == "r2")
+    ]
+    if monitor not in known:
+        near = nearest_match(monitor, known)
+        hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(known)}"
+        raise UsageError(f"monitor={monitor!r} is not measured for this task; {hint}")
 
 
 def _check_outputs(outputs: Any, target: Any, spec: Any) -> None:
@@ -244,12 +304,6 @@ def describe_size(model: nn.Module) -> dict[str, Any]:
         "float_mb": total * 4 / 1e6,
         "packed_mb": packed_bytes / 1e6,
     }
-
-
-def _first_rows(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _first_rows(v, device) for k, v in value.items()}
-    return value[:2].to(device)
 
 
 def _shape(value: Any) -> Any:

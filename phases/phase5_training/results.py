@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from phase5_training.loss_registry import Loss
 from phase5_training.models import describe_layers, describe_size
 from phase5_training.pipeline.training_loop import LoopState
 from phase5_training.records import machine
@@ -59,12 +60,16 @@ def result_metrics(state: LoopState) -> dict[str, Any]:
     return metrics
 
 
-def result_record(result: TrainingResult, *, data: dict[str, Any], notices: list[str]) -> dict[str, Any]:
+def result_record(
+    result: TrainingResult, *, data: dict[str, Any], notices: list[str], loss: Loss
+) -> dict[str, Any]:
     """What result.json holds: the result, the data, the machine and the model, without the weights."""
+    learned = loss.state_dict() if loss.kind == "multi_task" else {}
     return {
         "success": result.success,
         "stop_reason": result.stop_reason,
         "metrics": result.metrics,
+        "loss": {"name": loss.name, "learned": {k: v.tolist() for k, v in learned.items()}},
         "data": data,
         "machine": machine(),
         "layers": describe_layers(result.model),

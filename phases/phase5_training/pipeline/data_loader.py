@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,6 +219,10 @@ class ForgeDataLoader:
         # The place after the last batch is the beginning of the next epoch.
         self._position = (epoch + 1, 0) if batch == self._batches else (epoch, batch)
 
+    def first(self) -> dict[str, Any]:
+        """The first batch of the first epoch, prepared in this process; the position stays."""
+        return self._prepared.batch(self.batch_indices(0, 0))
+
     def batch_indices(self, epoch: int, batch: int) -> np.ndarray:
         """(n,) int64 positions, in their source, of the samples of one batch."""
         return next(_epoch(self._order, self.config.batch_size, epoch, batch, batch + 1))
@@ -246,7 +251,7 @@ class ForgeDataLoader:
                 num_workers=self.config.num_workers,
                 collate_fn=_as_is,
                 persistent_workers=True,
-                worker_init_fn=_quiet_tokenizers,
+                worker_init_fn=_prepare_worker,
                 generator=generator,
             )
         self._pending.batches = order
@@ -311,7 +316,9 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
-def _quiet_tokenizers(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; the run saves first, and needs its workers for that.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Its threads do not survive a fork; the library warns unless told so.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -32,6 +32,8 @@ class BatchStream:
 
     def first(self) -> dict[str, Any]:
         """The first batch, without losing it."""
+        if self._head:
+            return as_batch(self._head[0], 0, 0)
         walk = self._start()
         batch = next(walk, None)
         if batch is None:
@@ -115,6 +117,10 @@ class BatchLoader:
 
     def __len__(self) -> int:
         return len(self._stream.source)  # type: ignore[arg-type]  # TypeError where it has no length
+
+    def first(self) -> dict[str, Any]:
+        """The first batch; the next iteration begins with it all the same."""
+        return self._stream.first()
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """Let the next iteration begin at ``batch`` of ``epoch``; batches before it are read and dropped."""

@@ -1,0 +1,103 @@
+"""The parts of a run, each made from its configuration; the factory and ``forge evaluate`` use them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from phase5_training.config import TrainingConfig
+from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
+from phase5_training.phases import Schedule, build_schedule
+from phase5_training.pipeline.data_loader import DataConfig
+from phase5_training.pipeline.validation import RealTimeValidator
+
+
+def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
+    """How the data of a run are read; ``split`` says whether some are held out for validation."""
+    return DataConfig(
+        batch_size=config.batch_size,
+        num_workers=config.num_workers,
+        cache_size=config.cache_size,
+        streaming=config.streaming,
+        quality_threshold=config.quality_threshold,
+        validation_split=config.validation_split if split else 0.0,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        drop_last=config.drop_last,
+        max_length=config.max_length,
+        tokenizer=config.tokenizer,
+        task=config.task,
+    )
+
+
+def validator_of(
+    model: nn.Module, spec: Any, device: torch.device, use_amp: bool, amp_dtype: torch.dtype
+) -> RealTimeValidator:
+    """What measures a model on data of ``spec``."""
+    byte_tokens = spec.tokenizer in (None, "bytes")
+    return RealTimeValidator(
+        model,
+        task=spec.task,
+        device=device,
+        use_amp=use_amp,
+        amp_dtype=amp_dtype,
+        bytes_per_token=1.0 if byte_tokens else None,
+    )
+
+
+def loss_of(
+    config: TrainingConfig,
+    given: Any,
+    *,
+    model: nn.Module,
+    spec: Any,
+    batch: Mapping[str, Any],
+    teacher: nn.Module | None = None,
+) -> Loss:
+    """The loss of a run.
+
+    Args:
+        config: figures of the losses that have some.
+        given: a name, a callable, a module, or None for the one that goes with the data.
+        model: the model in training.
+        spec: what the data are.
+        batch: of the data; names the tasks where there are several.
+        teacher: to distil from.
+    """
+    if given is None:
+        given = "distillation" if teacher is not None else infer_loss_name(spec)
+    target = batch["target"]
+    return build_loss(
+        given,
+        model=model,
+        teacher=teacher,
+        tasks=infer_task_losses(target) if isinstance(target, Mapping) else None,
+        penalty=config.quantization_penalty,
+        label_smoothing=config.label_smoothing,
+        temperature=config.distillation_temperature,
+        alpha=config.distillation_alpha,
+    )
+
+
+def schedule_of(config: TrainingConfig, total_steps: int) -> Schedule:
+    """The learning rate over a run of ``total_steps`` optimizer steps."""
+    phases = {
+        key: getattr(config, key)
+        for key in (
+            "warmup_steps",
+            "acceleration_steps",
+            "consolidation_steps",
+            "acceleration_multiplier",
+            "consolidation_multiplier",
+        )
+    }
+    return build_schedule(config.schedule, total_steps, **phases)
+
+
+def has_samples(source: Any) -> bool:
+    """Whether the source has samples to split, as opposed to ready batches."""
+    if isinstance(source, (str, Path)) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        return not isinstance(source, (list, tuple)) or all(isinstance(s, (str, Path)) for s in source)
+    return False
