@@ -200,7 +200,7 @@ class TrainingPipeline:
             stop_reason=state.stop_reason,
             signal=signals[0] if signals else None,
         )
-        data = self.train_loader.description()
+        data = {"train": self.train_loader.description()}
         if self.val_loader is not None:
             data["validation"] = self.val_loader.description()
         self.run_directory.write_result(

@@ -89,7 +89,7 @@ PANELS = (
         may_log=True,
     ),
     _Panel(key="zero-codes", title="Zero codes", column="zero_share", show=share),
-    _Panel(key="flips", title="Codes changed since the row before", column="flip_share", show=share),
+    _Panel(key="flips", title="Codes changed by one step", column="flip_share", show=share),
     _Panel(key="throughput", title="Samples per second", column="samples_per_s", show=compact),
     _Panel(key="data-wait", title="Time spent waiting for data", column="data_wait_share", show=share),
     _Panel(key="memory", title="Memory in MB", column="memory_mb", show=megabytes),
