@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+import phase5_training.hardware as hardware
+from phase5_training.errors import UsageError
+from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_compile, resolve_device
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_devices_without_cuda():
+    assert resolve_device("auto") == CPU
+    assert resolve_device("cpu") == CPU
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(UsageError, match=rf"device='{name}' cannot be used: .*; use device='auto'"):
+            resolve_device(name)
+    with pytest.raises(UsageError, match="device='gpu' is not a device; use auto, cpu, cuda or cuda:N"):
+        resolve_device("gpu")
+    with pytest.raises(UsageError, match="device='meta' is not supported"):
+        resolve_device("meta")
+
+
+def test_devices_with_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("auto") == CUDA
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UsageError, match="device='cuda:2' does not exist; there are 2"):
+        resolve_device("cuda:2")
+
+
+def test_mixed_precision_on_a_cpu(monkeypatch):
+    assert resolve_amp(True, "auto", CPU) == (True, torch.bfloat16)
+    assert resolve_amp(False, "fp16", CPU)[0] is False
+    with pytest.raises(UsageError, match="amp_dtype='fp16' needs CUDA; use amp_dtype='bf16'"):
+        resolve_amp(True, "fp16", CPU)
+    for faster in (True, False):
+        monkeypatch.setattr(hardware, "bf16_is_faster_on_this_cpu", lambda faster=faster: faster)
+        assert resolve_amp("auto", "auto", CPU) == (faster, torch.bfloat16)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_mixed_precision_on_cuda(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has_bf16)
+    auto = torch.bfloat16 if has_bf16 else torch.float16
+    assert resolve_amp("auto", "auto", CUDA) == (True, auto)
+    assert resolve_amp(True, "fp16", CUDA) == (True, torch.float16)
+    assert resolve_amp(False, "bf16", CUDA) == (False, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("ratio", "faster"), [(0.5, True), (0.9, False)])
+def test_bf16_has_to_be_clearly_faster(monkeypatch, ratio, faster):
+    times = lambda x: ratio if x.dtype == torch.bfloat16 else 1.0  # noqa: E731
+    monkeypatch.setattr(hardware, "_time_product", times)
+    assert hardware.bf16_is_faster_on_this_cpu() is faster
+
+
+def test_measuring_bf16_leaves_the_generator_alone():
+    state = torch.get_rng_state()
+    hardware.bf16_is_faster_on_this_cpu()
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_compilation(monkeypatch):
+    monkeypatch.setattr(hardware, "has_compiler", lambda device: True)
+    assert resolve_compile(False, CPU, None)[0] is False
+    assert resolve_compile(True, CPU, None)[0] is True
+    assert resolve_compile("auto", CPU, 30.0) == (
+        False,
+        "the run is too short to earn the compilation back",
+    )
+    assert resolve_compile("auto", CPU, 3600.0) == (True, "the run would take about 60 minutes without")
+    monkeypatch.setattr(hardware, "has_compiler", lambda device: False)
+    assert resolve_compile("auto", CPU, 3600.0) == (False, "no C++ compiler was found")
+    with pytest.raises(UsageError, match=r"compile=True needs a C\+\+ compiler .*; install g\+\+"):
+        resolve_compile(True, CPU, None)
+
+
+def test_a_compiler_is_looked_for_on_the_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert hardware.has_compiler(CPU) is False
+    (tmp_path / "g++").write_text("")
+    (tmp_path / "g++").chmod(0o755)
+    assert hardware.has_compiler(CPU) is True
+
+
+def test_length_of_a_run_is_estimated_from_its_forwards(monkeypatch):
+    clock = iter([0.0, 5.0, 10.0, 10.5])
+    monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(clock))
+    seen = []
+    assert estimate_seconds(lambda x: seen.append(torch.is_grad_enabled()), 0, 100, CPU) == 3 * 0.5 * 100
+    assert seen == [False, False]

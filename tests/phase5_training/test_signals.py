@@ -1,0 +1,64 @@
+import os
+import signal
+import threading
+
+import pytest
+
+from phase5_training.signals import stop_on_signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_stops_and_the_second_acts_as_before(number):
+    seen, calls = [], []
+    before = signal.signal(number, lambda *_: seen.append("before"))
+    try:
+        with stop_on_signals(lambda: calls.append("stop")) as received:
+            assert received == []
+            os.kill(os.getpid(), number)
+            assert (calls, received, seen) == (["stop"], [number], [])
+            os.kill(os.getpid(), number)
+            assert (calls, seen) == (["stop"], ["before"])
+        os.kill(os.getpid(), number)
+        assert (calls, seen) == (["stop"], ["before", "before"])
+    finally:
+        signal.signal(number, before)
+
+
+def test_handlers_are_given_back_after_an_error():
+    before = signal.getsignal(signal.SIGTERM)
+    inside = []
+
+    def fail():
+        with stop_on_signals(lambda: None):
+            inside.append(signal.getsignal(signal.SIGTERM))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert inside[0] is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_handler_that_python_did_not_set_is_no_obstacle(monkeypatch):
+    """``signal.getsignal`` gives None for those, and ``signal.signal`` refuses None."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr("phase5_training.signals.signal.getsignal", lambda number: None)
+    try:
+        with stop_on_signals(lambda: None):
+            pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_does_nothing_outside_the_main_thread():
+    before, inside = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with stop_on_signals(lambda: None) as received:
+            inside.extend([signal.getsignal(signal.SIGINT), received])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [before, []]
