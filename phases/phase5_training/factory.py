@@ -1,6 +1,7 @@
 """The one place where the parts of a run are put together."""
 
 import asyncio
+import itertools
 import time
 import warnings
 from collections.abc import Mapping
@@ -318,9 +319,11 @@ class TrainingPipeline:
 
     def _open_run(self) -> RunDirectory:
         config = self.config
-        name = (
-            config.experiment_name or f"{type(self.model).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
-        )
+        name = config.experiment_name
+        if name is None:
+            first = f"{type(self.model).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
+            names = itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2)))
+            name = next(n for n in names if not (Path(config.output_dir) / n).exists())
         return RunDirectory.create(
             config.output_dir,
             name,
@@ -346,7 +349,7 @@ class TrainingPipeline:
             for reason in refused:
                 self.notices.append(f"{reason.split(';')[0]}; resumed from {path.name} instead")
                 warnings.warn(self.notices[-1], stacklevel=2)
-            run.truncate_metrics(self.loop.state.step)
+            run.truncate_metrics(self.loop.state.step, self.loop.state.epoch)
             run.append_event({"event": "resumed", "step": self.loop.state.step, "checkpoint": path.name})
             self.notices.append(f"resumed from {path.name}")
         run.write_config(config)

@@ -168,17 +168,23 @@ class RunDirectory:
         """All dropped data records in the order written; an unfinished last line is left out."""
         return _read_lines(self.path / QUARANTINE)
 
-    def truncate_metrics(self, step: int) -> int:
+    def truncate_metrics(self, step: int, epoch: int | None = None) -> int:
         """Drop the rows past a step, so that a resumed run does not report those steps twice.
 
         Args:
             step: the optimizer step of the checkpoint that is resumed; rows of that step stay.
+            epoch: the epoch in progress there: rows that report its end go, since it ends once more.
 
         Returns:
             How many rows were dropped.
         """
         rows = self.read_metrics()
-        kept = [row for row in rows if not isinstance(row.get("step"), int) or row["step"] <= step]
+        ended = [row.get("kind") == "epoch" and epoch is not None and row["epoch"] >= epoch for row in rows]
+        kept = [
+            row
+            for row, again in zip(rows, ended, strict=True)
+            if not again and (not isinstance(row.get("step"), int) or row["step"] <= step)
+        ]
         if len(kept) < len(rows):
             write_atomic(self.path / METRICS, b"".join(_line(row) for row in kept))
         return len(rows) - len(kept)

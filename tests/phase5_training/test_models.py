@@ -174,7 +174,7 @@ class TestFromData:
     @pytest.mark.parametrize(
         ("name", "spec", "options", "message"),
         [
-            ("mlp", FEATURES, {"hiden": 3}, "model_options: mlp has no option 'hiden'; did you mean 'hidden'?"),
+            ("mlp", FEATURES, {"hiden": 3}, "mlp has no option 'hiden'; did you mean 'hidden'?"),
             ("decoder", FEATURES, {}, "the inputs are float32 features; use model='mlp'"),
             ("mlp", TOKENS, {}, "these data want one per token; use decoder"),
         ],

@@ -147,6 +147,7 @@ class TrainingLoop:
         self.best_loss_state: dict[str, Tensor] = {}
         self._stop = False
         self._resumed_random: Mapping[str, Any] | None = None
+        self._epoch_random: Mapping[str, Any] = {}
         self._loss: Any = None
         self._started = time.perf_counter()
         self._meter = Meter(self.device)
@@ -217,6 +218,7 @@ class TrainingLoop:
             "best_weights": self.best_weights,
             "best_loss_state": self.best_loss_state,
             "random": random_state(),
+            "epoch_random": self._epoch_random,
             "loop": {**vars(self.state), "stop_reason": ""},
             "meter": self._meter.state_dict(),
         }
@@ -240,11 +242,14 @@ class TrainingLoop:
                 part.load_state_dict(state[key])
         self.best_weights, self.best_loss_state = state["best_weights"], state["best_loss_state"]
         self.state = LoopState(**state["loop"])
-        self._resumed_random = state["random"]
+        self._resumed_random, self._epoch_random = state["random"], state["epoch_random"]
         self._meter.load_state_dict(state["meter"])
 
     def _epochs(self, train_loader: Any, val_loader: Iterable[Batch] | None) -> None:
         state, config = self.state, self.config
+        if state.batch and state.batch == _length(train_loader):
+            # Resumed from a checkpoint of the last batch of an epoch, which comes before the epoch's end.
+            self._end_epoch()
         while state.epoch < config.epochs and not self._limit_reached():
             self.callbacks.fire(Event.EPOCH_START, state.epoch, {"epoch": state.epoch})
             steps_before = state.step
@@ -267,14 +272,21 @@ class TrainingLoop:
 
     def _batches(self, train_loader: Any) -> Iterator[Batch]:
         """The rest of this epoch's batches, and how long each was waited for."""
+        used, random = self.state.batch, random_state()
+        if not used:
+            self._epoch_random = random
         if hasattr(train_loader, "set_position"):
-            train_loader.set_position(self.state.epoch, self.state.batch)
-            batches = iter(train_loader)
-        else:
-            batches = iter(train_loader)
-            # No way to seek: what was used before a resume is read again and dropped.
-            for _ in range(self.state.batch):
-                next(batches, None)
+            seeks = getattr(train_loader, "seeks", True)
+            train_loader.set_position(self.state.epoch, used if seeks else 0)
+            used = 0 if seeks else used
+        if used:
+            # No way to seek: what was used before a resume is drawn again as it was drawn, and dropped.
+            set_random_state(self._epoch_random)
+        batches = iter(train_loader)
+        for _ in range(used):
+            next(batches, None)
+        if used:
+            set_random_state(random)
         while True:
             waited = time.perf_counter()
             batch = next(batches, None)

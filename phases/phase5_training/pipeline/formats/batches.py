@@ -109,6 +109,8 @@ def _tensors(value: Any, number: int) -> Any:
 class BatchLoader:
     """The same face for batches the user makes; position is reached by reading up to it."""
 
+    seeks = False
+
     def __init__(self, stream: BatchStream, split: str, task: str | None) -> None:
         self._stream, self.split = stream, split
         self.spec = _spec_of_batches(stream, task)
