@@ -12,6 +12,8 @@ from torch import Tensor
 
 Backend = Literal["auto", "int_mm", "reference"]
 
+# The longest sum of products of int8 that int32 holds: 128 * 128 * k stays below 2**31.
+MAX_INNER = 2**31 // (128 * 128) - 1
 # cuBLASLt's int8 product: more than 16 rows, inner and outer sizes in multiples of 8.
 _CUDA_MIN_ROWS = 17
 _CUDA_MULTIPLE = 8
@@ -43,8 +45,8 @@ def int8_matmul(a: Tensor, b: Tensor, backend: Backend = "auto") -> Tensor:
         raise ValueError(
             f"int8_matmul got shapes {tuple(a.shape)} and {tuple(b.shape)}; want (m, k) and (k, n)"
         )
-    if a.shape[1] > 2**31 // (128 * 128):
-        raise ValueError(f"int8_matmul got k={a.shape[1]}; int32 may overflow above {2**31 // (128 * 128)}")
+    if a.shape[1] > MAX_INNER:
+        raise ValueError(f"int8_matmul got k={a.shape[1]}; int32 may overflow above {MAX_INNER}")
     if backend == "reference":
         return (a.double() @ b.double()).to(torch.int32)
     if a.shape[0] == 0 or a.shape[1] == 0 or b.shape[1] == 0:

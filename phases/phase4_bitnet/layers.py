@@ -4,7 +4,8 @@ The latent (``weight``) is the parameter that the optimizer moves. ``codes`` and
 from it and everything downstream uses them: the training forward, validation, packing and export.
 Who derives them, and when:
 
-* A layer on its own derives them in every forward, so it is right in anybody's training loop.
+* A layer on its own derives them in every forward, so it is right in anybody's training loop. With
+  stochastic rounding it draws in training mode and rounds to nearest in evaluation and in state_dict.
 * Under :class:`phase5_training.BitNetOptimizer` they are derived once per optimizer step, for all
   layers together, and the forward only reads them (``codes_are_current`` is True).
 """
@@ -15,8 +16,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from phase4_bitnet.int8_matmul import int8_matmul
+from phase4_bitnet.int8_matmul import MAX_INNER, int8_matmul
 from phase4_bitnet.ternary import (
     QuantizationMode,
     quantize_rows,
@@ -26,6 +28,7 @@ from phase4_bitnet.ternary import (
 
 Backward = Literal["auto", "float32", "bf16", "int8"]
 NORM_EPS = 1e-5
+_GRADIENT_FLOOR = torch.finfo(torch.float32).tiny * 128
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -65,25 +68,31 @@ class _Int8Linear(torch.autograd.Function):
         return int8_matmul(rows, codes.t()).float().mul_(row_scale * scale).to(out_dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         rows, row_scale, codes, scale = ctx.saved_tensors
         grad_x = grad_latent = None
         if ctx.how == "int8":
             if ctx.needs_input_grad[0]:
-                grad_rows, grad_scale = quantize_rows(grad)
+                grad_rows, grad_scale = quantize_rows(grad, _GRADIENT_FLOOR)
                 grad_x = int8_matmul(grad_rows, codes).float().mul_(grad_scale * scale)
             if ctx.needs_input_grad[1]:
                 # The row scale of x varies along the summed axis, so it is folded into the gradient
                 # before that is quantized per output feature.
-                columns, column_scale = quantize_rows((grad.float() * row_scale).t())
-                grad_latent = int8_matmul(columns, rows).float().mul_(column_scale)
+                folded = (grad.float() * row_scale).t()
+                # In pieces where there are more rows than an int32 sum can take.
+                for columns, own in zip(folded.split(MAX_INNER, 1), rows.split(MAX_INNER), strict=True):
+                    quantized, column_scale = quantize_rows(columns, _GRADIENT_FLOOR)
+                    part = int8_matmul(quantized, own).float().mul_(column_scale)
+                    grad_latent = part if grad_latent is None else grad_latent + part
         else:
             # "auto" follows the dtype the forward produced: bf16 under autocast, else float32.
             dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(ctx.how, grad.dtype)
             grad = grad.to(dtype)
             if ctx.needs_input_grad[0]:
-                grad_x = (grad @ codes.to(dtype)).mul_(scale.to(dtype))
+                # The scale is applied in float32: in bf16 it would be off by up to 0.4% each time.
+                grad_x = (grad @ codes.to(dtype)).float().mul_(scale)
             if ctx.needs_input_grad[1]:
                 grad_latent = grad.t() @ rows.float().mul_(row_scale).to(dtype)
         if grad_x is not None:
@@ -125,11 +134,12 @@ class TernaryWeight(nn.Module):
 
     def current_codes(self) -> tuple[Tensor, Tensor]:
         """The codes (int8, the weight's shape) and scale (float32, shape ()) for this forward."""
-        stochastic = self.quantization_mode == "stochastic"
-        # A stochastic draw belongs to training; evaluation uses the codes that were drawn last.
-        if self.codes_are_current or (stochastic and not self.training):
+        if self.codes_are_current:
             return self.codes, self.scale
-        return quantize_weight(self.weight, self.weight_bits, self.quantization_mode)
+        # A stochastic draw belongs to training; without an owner that keeps the codes, evaluation
+        # and storage use the nearest ones.
+        mode = self.quantization_mode if self.training else "deterministic"
+        return quantize_weight(self.weight, self.weight_bits, mode)
 
     def ternary_weight(self) -> Tensor:
         """``codes * scale`` in the latent's shape and dtype, differentiable straight through."""
@@ -137,8 +147,8 @@ class TernaryWeight(nn.Module):
         return _StraightThrough.apply(self.weight, codes, scale)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not self.codes_are_current and self.quantization_mode == "deterministic":
-            self.requantize_()
+        if not self.codes_are_current and not self.weight.is_meta:
+            self._store(*quantize_weight(self.weight, self.weight_bits))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -151,7 +161,19 @@ class TernaryWeight(nn.Module):
                 if prefix + name in missing_keys:
                     missing_keys.remove(prefix + name)
             if not self.weight.is_meta:
-                self.requantize_()
+                self._store(*quantize_weight(self.weight, self.weight_bits))
+
+    def _store(self, codes: Tensor, scale: Tensor) -> None:
+        """Write the buffers; new ones where they are on another device, as after building on meta."""
+        if self.codes.device == codes.device:
+            self.codes.copy_(codes)
+            self.scale.copy_(scale)
+        else:
+            self.codes, self.scale = codes, scale
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or a pickle has no optimizer that would keep its codes current.
+        return {**self.__dict__, "codes_are_current": False}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         module = super()._apply(fn, recurse)
@@ -218,8 +240,7 @@ class BitLinear(TernaryWeight, nn.Linear):
             x = F.rms_norm(x, (self.in_features,), eps=NORM_EPS)
         if self.activation_bits is None:
             return F.linear(x, self.ternary_weight(), self.bias)
-        device = x.device.type
-        out_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        out_dtype = _autocast_dtype(x.device.type) or x.dtype
         codes, scale = self.current_codes()
         out = _Int8Linear.apply(
             x.reshape(-1, self.in_features), self.weight, codes, scale, out_dtype, self.backward
@@ -230,6 +251,13 @@ class BitLinear(TernaryWeight, nn.Linear):
     def extra_repr(self) -> str:
         """The part of ``repr`` between the brackets."""
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}, norm={self.norm}"
+
+
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    """The dtype that autocast is set to on a kind of device, None where it is off or does not exist."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class BitConv1d(TernaryWeight, nn.Conv1d):

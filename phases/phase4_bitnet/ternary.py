@@ -73,13 +73,22 @@ def quantize_weight(
         >>> codes.tolist(), scale.item()
         ([[1, 0], [-1, 1]], 0.5)
     """
-    weight = weight.detach().float()
-    mean_abs = weight.abs().mean() if weight.numel() else weight.new_zeros(())
+    latent = weight.detach().float()
+    mean_abs = _mean_magnitude(latent)
     noise = None
     if mode == "stochastic":
-        noise = torch.rand(weight.shape, generator=generator, device=weight.device)
-    codes = _codes_from_ratio(weight / mean_abs.clamp(min=SCALE_FLOOR), weight_bits, noise)
+        noise = torch.rand(latent.shape, generator=generator, device=latent.device)
+    codes = _codes_from_ratio(latent / mean_abs.clamp(min=SCALE_FLOOR), weight_bits, noise)
     return codes.to(torch.int8), storable_scale(mean_abs)
+
+
+def _mean_magnitude(latent: Tensor) -> Tensor:
+    """mean |W| as a () float32 tensor; the one place that computes it, so that codes agree everywhere.
+
+    Not a 1-norm: torch's CPU norm adds up in float32 one by one and is 29% off at 8192 x 8192, where
+    mean() adds pairwise and is right to 1e-7.
+    """
+    return latent.abs().mean() if latent.numel() else latent.new_zeros(())
 
 
 @torch.no_grad()
@@ -101,10 +110,7 @@ def requantize_(
     if not weights:
         return
     latents = [w.detach().float() for w in weights]
-    # The L1 norm of every tensor in one call; the mean follows from the sizes. They go in as numbers: a
-    # tensor of them would be copied to the device, which waits for it.
-    sums = torch._foreach_norm(latents, 1)
-    mean_abs = torch.stack(torch._foreach_div(sums, [float(max(w.numel(), 1)) for w in latents]))
+    mean_abs = torch.stack([_mean_magnitude(w) for w in latents])
     ratios = torch._foreach_div(latents, list(mean_abs.clamp(min=SCALE_FLOOR).unbind()))
     if weight_bits == 1.58 and mode == "deterministic":
         torch._foreach_clamp_min_(ratios, -1.0)
@@ -119,11 +125,13 @@ def requantize_(
     torch._foreach_copy_(list(scales), list(storable_scale(mean_abs).unbind()))
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, floor: float = SCALE_FLOOR) -> tuple[Tensor, Tensor]:
     """Quantize each row to int8 by its largest magnitude (BitNet's per-token absmax).
 
     Args:
         x: (rows, columns) floating point; computed in float32.
+        floor: rows whose largest magnitude is below this are scaled by it. The default is BitNet's for
+            activations; gradients are far smaller and need a floor near zero.
 
     Returns:
         int8 (rows, columns), and float32 (rows, 1) such that ``x ~ int8 * scale``.
@@ -135,9 +143,9 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     if x.shape[-1] == 0:
-        return x.to(torch.int8), x.new_full((x.shape[0], 1), SCALE_FLOOR / INT8_MAX)
+        return x.to(torch.int8), x.new_full((x.shape[0], 1), floor / INT8_MAX, dtype=torch.float32)
     # Two reductions without the copy that abs() would write.
     largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))
-    largest = largest.clamp(min=SCALE_FLOOR)
+    largest = largest.clamp(min=floor)
     quantized = (x * (INT8_MAX / largest)).round_().to(torch.int8)
     return quantized, largest / INT8_MAX
