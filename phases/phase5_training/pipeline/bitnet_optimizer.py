@@ -5,6 +5,7 @@ optimizer, re-quantize. The next forward sees the codes of the weights as they a
 A step whose gradients are not finite changes nothing, the filter's average included.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from phase4_bitnet.convert import hidden_linears
-from phase4_bitnet.layers import requantize_layers, ternary_layers
+from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layers
 from phase5_training.errors import UsageError, nearest_match
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
@@ -84,6 +85,11 @@ class BitNetOptimizer(Optimizer):
                 f"max_grad_norm={max_grad_norm} is not positive; use gradient_clipping=False for none"
             )
         self.optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        for own in self.optimizers:
+            if isinstance(own, torch.optim.LBFGS):
+                raise UsageError(
+                    "LBFGS evaluates the loss several times a step; use an optimizer that does so once"
+                )
         # The group dicts are shared with the wrapped optimizers, so a scheduler's rate reaches them.
         super().__init__([g for o in self.optimizers for g in o.param_groups], {})
         self.gradient_filter, self.max_grad_norm = gradient_filter, max_grad_norm
@@ -93,17 +99,26 @@ class BitNetOptimizer(Optimizer):
         self._layers = [layer for _, layer in ternary_layers(model)]
         # On the host the flag of a bad step is read for free; elsewhere reading it would wait.
         self._undo_on_device = any(p.device.type != "cpu" for g in self.param_groups for p in g["params"])
-        self._take_over()
-
-    def _take_over(self) -> None:
+        self.requantize()
         for layer in self._layers:
             layer.codes_are_current = True
-        self.requantize()
+        # A wrapper that is dropped without release() must not leave layers waiting for it.
+        weakref.finalize(self, _release, self._layers)
 
     def release(self) -> None:
         """Return the task of deriving codes to the layers."""
-        for layer in self._layers:
-            layer.codes_are_current = False
+        _release(self._layers)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Give a further group to the last of the wrapped optimizers, as torch does to its own."""
+        if hasattr(self, "report"):
+            self.optimizers[-1].add_param_group(param_group)
+            self.param_groups = [g for o in self.optimizers for g in o.param_groups]
+        else:  # the base class, sharing the groups while it is made
+            super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
 
     def requantize(self) -> None:
         """Derive the codes of all layers from their latents, after the latents were changed by hand."""
@@ -119,40 +134,47 @@ class BitNetOptimizer(Optimizer):
         """Ignored: the base class assigns an empty one when it is made."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None, *, loss: Tensor | None = None
+    ) -> float | None:
         """Take one step on the gradients that the parameters hold.
 
         Args:
             closure: recomputes loss and gradients first, as in torch; optional.
+            loss: () tensor; a step whose loss is not finite is skipped too.
 
         Returns:
             What the closure returned.
         """
-        loss = None
+        result = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                result = closure()
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not params:
-            return loss
+            return result
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = _total_norm(grads)
         nonfinite = ~norm.isfinite()
-        ratio = None
-        if self._undo_on_device:
-            ratio = self._update_or_undo(params, grads, norm, nonfinite)
+        if loss is not None:
+            nonfinite = nonfinite | ~loss.detach().isfinite().to(norm.device)
+        ratio = flips = None
+        # The first step has no state to go back to, so its flag is read: one wait in the whole run.
+        if self._undo_on_device and all(o.state for o in self.optimizers):
+            ratio, flips = self._update_or_undo(params, grads, norm, nonfinite)
         elif not nonfinite:
             ratio = self._update(params, grads, norm)
+            flips = self._requantize_measured()
         self.steps += 1
-        self.report = StepReport(norm, nonfinite, ratio, self._requantize_measured())
-        return loss
+        self.report = StepReport(norm, nonfinite, ratio, flips)
+        return result
 
     def _update(self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor) -> Tensor | None:
         """Clip, filter and move the latents; returns the slow ratio when measuring."""
         if self.max_grad_norm is not None:
             # torch.nn.utils.clip_grad_norm_'s formula, on the norm that is known already.
             torch._foreach_mul_(grads, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        clipped = torch.nn.utils.get_total_norm(grads) if self.measure and self.gradient_filter else None
+        clipped = _total_norm(grads) if self.measure and self.gradient_filter else None
         if self.gradient_filter is not None:
             self.gradient_filter.filter_(params, self.state, self.steps)
         for optimizer in self.optimizers:
@@ -164,43 +186,46 @@ class BitNetOptimizer(Optimizer):
         if clipped is None:
             return None
         slow = [own["slow_gradient"] for own in self.state.values() if "slow_gradient" in own]
-        return torch.nn.utils.get_total_norm(slow) / clipped
+        return _total_norm(slow) / clipped
 
     def _update_or_undo(
         self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor, nonfinite: Tensor
-    ) -> Tensor | None:
-        """As ``_update``, undone on the device where ``nonfinite`` is set: no wait for the flag.
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As ``_update`` and re-quantize, undone on the device where ``nonfinite`` is set: no wait.
 
-        Costs one copy of latents and state while the step runs.
+        Costs one copy of latents, codes and state while the step runs. State that an optimizer keeps on
+        the host (the step count of an AdamW that is neither fused nor capturable) is not undone.
         """
-        old_params = [p.detach().clone() for p in params]
-        old_state = {
-            (p, key): value.clone()
-            for p, own in self.state.items()
-            for key, value in own.items()
+        changed: list[Tensor] = [p.detach() for p in params]
+        changed += [t for layer in self._trained_layers() for t in (layer.codes, layer.scale)]
+        changed += [
+            value
+            for own in self.state.values()
+            for value in own.values()
             if isinstance(value, Tensor) and value.device == norm.device
-        }
+        ]
+        before = [t.clone() for t in changed]
         torch._foreach_copy_(grads, [torch.where(nonfinite, 0.0, g) for g in grads])
         ratio = self._update(params, grads, torch.where(nonfinite, 1.0, norm))
-        for p, old in zip((p.detach() for p in params), old_params, strict=True):
-            p.copy_(torch.where(nonfinite, old, p))
-        for p, own in self.state.items():
-            for key, value in own.items():
-                if isinstance(value, Tensor) and value.device == norm.device:
-                    # State made in a step that did not count starts from zero.
-                    value.copy_(
-                        torch.where(nonfinite, old_state.get((p, key), torch.zeros_like(value)), value)
-                    )
-        return ratio
+        flips = self._requantize_measured()
+        for now, old in zip(changed, before, strict=True):
+            now.copy_(torch.where(nonfinite, old, now))
+        return ratio, flips
+
+    def _trained_layers(self) -> list[TernaryWeight]:
+        """Layers whose latent may move; a frozen one keeps its codes, drawn ones too."""
+        return [layer for layer in self._layers if layer.weight.requires_grad]
 
     def _requantize_measured(self) -> Tensor | None:
-        if not (self.measure and self._layers):
-            self.requantize()
+        """Derive the codes again; when measuring, the share of them that changed."""
+        layers = self._trained_layers()
+        if not (self.measure and layers):
+            requantize_layers(layers)
             return None
-        before = [layer.codes.clone() for layer in self._layers]
-        self.requantize()
-        flips = [(old != layer.codes).sum() for old, layer in zip(before, self._layers, strict=True)]
-        return torch.stack(flips).sum() / sum(old.numel() for old in before)
+        before = [layer.codes.clone() for layer in layers]
+        requantize_layers(layers)
+        flips = [(old != layer.codes).sum() for old, layer in zip(before, layers, strict=True)]
+        return torch.stack(flips).sum() / sum(layer.codes.numel() for layer in self._layers)
 
     def zero_share(self) -> Tensor | None:
         """Share of zero codes over all ternary layers, () float32; None without any."""
@@ -230,6 +255,22 @@ class BitNetOptimizer(Optimizer):
         self.steps = state_dict["steps"]
         # Loading replaces the group dicts of the wrapped optimizers.
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
+
+
+def _release(layers: Iterable[TernaryWeight]) -> None:
+    for layer in layers:
+        layer.codes_are_current = False
+
+
+def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, () float32.
+
+    On a CPU by dot products: torch's norm adds up in float32 one by one there, 0.1% off at 4096 x 4096.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(tensors)
+    flat = [t.detach().float().reshape(-1) for t in tensors]
+    return torch.stack([torch.dot(t, t) for t in flat]).double().sum().sqrt().float()
 
 
 def build_optimizer(

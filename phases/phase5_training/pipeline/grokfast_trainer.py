@@ -27,6 +27,7 @@ from phase5_training.phases import Phase, Schedule
 FILTERS: tuple[str, ...] = ("ema", "ma", "high_pass")
 SLOW = "slow_gradient"
 WINDOW = "gradient_window"
+COUNT = "gradient_count"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,7 @@ class GradientFilter:
         if not grads:
             return
         if self.config.filter == "ma":
-            self._filter_ma_(grads, averages, step, gain)
+            self._filter_ma_(grads, averages, gain)
         elif self.config.filter == "high_pass":
             filter_high_pass_(grads, [a[SLOW] for a in averages], alpha, gain)
         else:
@@ -161,18 +162,23 @@ class GradientFilter:
     def _first_state(self, grad: Tensor) -> dict[str, Tensor]:
         if self.config.filter == "ma":
             ring = grad.new_zeros((self.config.window, *grad.shape))
-            return {SLOW: torch.zeros_like(grad), WINDOW: ring}
+            return {
+                SLOW: torch.zeros_like(grad),
+                WINDOW: ring,
+                COUNT: grad.new_zeros((), dtype=torch.float32),
+            }
         return {SLOW: grad.clone()}
 
     def _filter_ma_(
-        self, grads: Sequence[Tensor], averages: Sequence[dict[str, Tensor]], step: int, gain: float
+        self, grads: Sequence[Tensor], averages: Sequence[dict[str, Tensor]], gain: float
     ) -> None:
         window = self.config.window
         for grad, own in zip(grads, averages, strict=True):
-            own[WINDOW][step % window] = grad
-            if step + 1 >= window:
-                own[SLOW].copy_(own[WINDOW].mean(0))
-                grad.add_(own[SLOW], alpha=gain)
+            # Counted in the state, not by the step number: a step that is skipped leaves no gap.
+            own[WINDOW].index_copy_(0, (own[COUNT] % window).long()[None], grad[None])
+            own[COUNT] += 1
+            own[SLOW].copy_(torch.where(own[COUNT] >= window, own[WINDOW].mean(0), 0.0))
+            grad.add_(own[SLOW], alpha=gain)
 
 
 class GrokfastTrainer:
