@@ -6,13 +6,17 @@
         manifest.json           format version, step, size and SHA-256 of the two files; written last
 
 A checkpoint appears by one rename of a finished, synced folder, so a folder with that name is whole
-unless the disk failed it; the hashes tell. Temporary folders of a killed save are swept by the next.
+unless the disk failed it; the hashes tell. Temporary folders of a killed save are swept by the next;
+a checkpoint that was stepping aside for its replacement when the process died gets its name back. One
+that does not verify becomes ``damaged-step-...`` once an older one has taken its place.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +33,8 @@ from phase5_training.errors import ForgeError
 
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_PREFIX, _TEMPORARY = "step-", ".saving-"
+_PREFIX, _TEMPORARY, _DAMAGED = "step-", ".saving-", "damaged-"
+_ASIDE = re.compile(re.escape(f"{_TEMPORARY}old-") + r"(?P<name>.+)-\d+")
 # The keys that mark what JSON has no word for.
 _TENSOR, _ARRAY, _TUPLE, _ITEMS = "__tensor__", "__array__", "__tuple__", "__items__"
 
@@ -75,7 +80,11 @@ def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], *,
             # A rename cannot replace a folder that is not empty; the old one steps aside first.
             aside = folder.parent / f"{_TEMPORARY}old-{folder.name}-{os.getpid()}"
             os.rename(folder, aside)
-            os.rename(temporary, folder)
+            try:
+                os.rename(temporary, folder)
+            except BaseException:
+                os.rename(aside, folder)
+                raise
             shutil.rmtree(aside)
         else:
             os.rename(temporary, folder)
@@ -165,7 +174,12 @@ class CheckpointStore:
         """The checkpoints that exist, oldest first."""
         if not self.folder.is_dir():
             return []
-        found = [p for p in self.folder.iterdir() if p.name.startswith(_PREFIX) and p.name[5:].isdigit()]
+        _recover(self.folder)
+        found = [
+            p
+            for p in self.folder.iterdir()
+            if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit() and p.is_dir()
+        ]
         return sorted(found, key=lambda p: int(p.name[5:]))
 
     def save(self, state: Mapping[str, Any], step: int) -> Path:
@@ -181,24 +195,46 @@ class CheckpointStore:
     ) -> tuple[Path, dict[str, Any]]:
         """The newest checkpoint that verifies.
 
+        Newer ones are renamed, so that they do not count among the ``keep`` and no good one is pruned
+        for them. When none verifies they all stay as they are.
+
         Args:
-            refused: told why each newer one was not taken.
+            refused: told why each newer one was not taken, and its new name.
 
         Raises:
             CheckpointError: there is none.
         """
+        damaged: list[tuple[Path, str]] = []
         for path in reversed(self.paths()):
             try:
-                return path, load_checkpoint(path)
+                state = load_checkpoint(path)
             except CheckpointError as error:
-                refused(str(error))
+                damaged.append((path, str(error)))
+                continue
+            for bad, reason in damaged:
+                refused(f"{reason}; renamed to {_put_aside(bad).name}")
+            return path, state
         raise CheckpointError(f"{self.folder} holds no checkpoint that can be read; start the run again")
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed saves left behind."""
+    """Remove what killed saves left behind, and give a checkpoint back that one had moved aside."""
+    _recover(folder)
     for entry in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(entry, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    for entry in folder.glob(f"{_TEMPORARY}old-*"):
+        match = _ASIDE.fullmatch(entry.name)
+        if match and not (folder / match["name"]).exists():
+            os.rename(entry, folder / match["name"])
+
+
+def _put_aside(path: Path) -> Path:
+    names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
+    free = next(n for n in names if not (path.parent / f"{_DAMAGED}{n}").exists())
+    return path.rename(path.parent / f"{_DAMAGED}{free}")
 
 
 def seed_everything(seed: int) -> None:
@@ -229,21 +265,23 @@ def set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, str], path: str) -> Any:
+def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, tuple[str, Tensor]], path: str) -> Any:
     """The value as JSON, with its tensors moved to ``tensors``; one that occurs twice is stored once."""
     if value is None or isinstance(value, (bool, str, int, float)):
         return value
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
-        return {_ARRAY: _encode(torch.from_numpy(np.ascontiguousarray(value)), tensors, seen, path)[_TENSOR]}
+        tensors[path] = torch.from_numpy(np.array(value, order="C"))
+        return {_ARRAY: path}
     if isinstance(value, Tensor):
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else path
         if key not in seen:
-            seen[key] = path
+            # With the tensor: the address of one that is freed is given to the next.
+            seen[key] = (path, value)
             # A copy of its own: safetensors refuses tensors that share memory.
             tensors[path] = value.detach().to("cpu", copy=True).contiguous()
-        return {_TENSOR: seen[key]}
+        return {_TENSOR: seen[key][0]}
     if isinstance(value, Mapping):
         if all(isinstance(k, str) and not k.startswith("__") for k in value):
             return {k: _encode(v, tensors, seen, f"{path}.{k}") for k, v in value.items()}

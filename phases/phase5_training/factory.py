@@ -347,7 +347,8 @@ class TrainingPipeline:
                     "loss and optimizer that it was started with"
                 ) from error
             for reason in refused:
-                self.notices.append(f"{reason.split(';')[0]}; resumed from {path.name} instead")
+                what, *_, now = reason.split("; ")
+                self.notices.append(f"{what}; resumed from {path.name} instead; {now}")
                 warnings.warn(self.notices[-1], stacklevel=2)
             run.truncate_metrics(self.loop.state.step, self.loop.state.epoch)
             run.append_event({"event": "resumed", "step": self.loop.state.step, "checkpoint": path.name})

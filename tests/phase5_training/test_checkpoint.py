@@ -1,4 +1,5 @@
 import json
+import os
 import random
 
 import numpy as np
@@ -113,6 +114,41 @@ def test_store_prunes_and_falls_back_to_the_newest_that_verifies(tmp_path):
     path, state = store.load_newest(refused.append)
     assert (path.name, state) == ("step-00000020", {"step": 20})
     assert "step-00000100/state.json" in refused[0]
+    assert refused[0].endswith("; renamed to damaged-step-00000100")
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_kept(tmp_path):
+    store = CheckpointStore(folder=tmp_path, keep=2)
+    for step in (10, 20):
+        store.save({"step": step}, step)
+    (store.path(20) / "state.json").write_bytes(b"{}")
+    store.load_newest()
+    store.save({"step": 15}, 15)
+    assert [p.name for p in store.paths()] == ["step-00000010", "step-00000015"]
+    assert (tmp_path / "damaged-step-00000020").is_dir()
+    for time in (2, 3):
+        store.save({"step": 20}, 20)
+        (store.path(20) / "state.json").write_bytes(b"{}")
+        assert store.load_newest()[1] == {"step": 15}
+        assert (tmp_path / f"damaged-step-00000020-{time}").is_dir()
+
+
+def test_when_all_are_damaged_they_stay_where_they_are(tmp_path):
+    store = CheckpointStore(folder=tmp_path)
+    store.save({"step": 1}, 1)
+    (store.path(1) / "state.json").write_bytes(b"{}")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no checkpoint that can be read"):
+            store.load_newest()
+    assert store.path(1).is_dir()
+
+
+def test_a_file_with_a_checkpoints_name_is_none(tmp_path):
+    store = CheckpointStore(folder=tmp_path)
+    (tmp_path / "step-00000001").write_text("")
+    for step in (2, 3, 4):
+        store.save({}, step)
+    assert [p.name for p in store.paths()] == ["step-00000003", "step-00000004"]
 
 
 def test_a_killed_save_leaves_no_checkpoint_and_is_swept(tmp_path, monkeypatch):
@@ -134,3 +170,50 @@ def test_saving_the_same_step_again_replaces_it(tmp_path):
     store.save({"a": 2}, 7)
     assert store.load_newest()[1] == {"a": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_arrays_that_are_not_contiguous_keep_their_own_values(tmp_path):
+    """Each needs a copy, and a freed copy's memory is given to the next."""
+    state = {name: np.arange(start, start + 10)[::2] for start, name in enumerate("abcdef")}
+    folder = save_checkpoint(tmp_path / "c", state, step=0)
+    assert_same(state, load_checkpoint(folder))
+
+
+def test_tensors_made_while_saving_keep_their_own_values(tmp_path):
+    class Lazy(dict):
+        def items(self):
+            return ((name, torch.full((1000,), float(i))) for i, name in enumerate(self))
+
+    loaded = load_checkpoint(save_checkpoint(tmp_path / "c", {"lazy": Lazy.fromkeys("abc")}, step=0))
+    assert [float(loaded["lazy"][name][0]) for name in "abc"] == [0, 1, 2]
+
+
+def test_a_replacement_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    store = CheckpointStore(folder=tmp_path)
+    store.save({"v": 1}, 7)
+    rename, calls = os.rename, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr("phase5_training.checkpoint.os.rename", second_fails)
+    with pytest.raises(OSError, match="No space"):
+        store.save({"v": 2}, 7)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
+    assert store.load_newest()[1] == {"v": 1}
+
+
+@pytest.mark.parametrize("found_by", ["paths", "save"])
+def test_a_checkpoint_left_aside_by_a_killed_replacement_is_recovered(tmp_path, found_by):
+    store = CheckpointStore(folder=tmp_path)
+    store.save({"v": 1}, 7)
+    store.path(7).rename(tmp_path / ".saving-old-step-00000007-123")
+    (tmp_path / ".saving-step-00000007-123").mkdir()
+    if found_by == "save":
+        save_checkpoint(store.path(8), {"v": 2}, step=8)
+    assert store.path(7) in store.paths()
+    assert load_checkpoint(store.path(7)) == {"v": 1}
