@@ -1,6 +1,7 @@
 """Command-line flags made from the configuration's fields: the same names, types and messages."""
 
 import argparse
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn, get_args
 
@@ -41,10 +42,9 @@ class Parser(argparse.ArgumentParser):
     def _spelled_out(self, args: Sequence[str]) -> list[str]:
         """``--overwrite run.yaml`` as ``--overwrite=true run.yaml``: a file is no yes or no."""
         switches = {flag for action in self._actions if action.nargs == "?" for flag in action.option_strings}
-        following = [*args[1:], ""]
         return [
             f"{word}=true" if word in switches and after.endswith((".yaml", ".yml")) else word
-            for word, after in zip(args, following, strict=True)
+            for word, after in itertools.zip_longest(args, args[1:], fillvalue="")
         ]
 
 

@@ -45,8 +45,8 @@ def prepare_model(given: nn.Module | Mapping[str, Any] | str, config: TrainingCo
         model = _by_name(model, config, spec)
     if not isinstance(model, nn.Module):
         raise UsageError(f"model is a {type(model).__name__}; pass an nn.Module or a name")
-    if config.model_options and not isinstance(given, str):
-        raise UsageError("model_options build a model by name; leave them out, or give model='mlp'")
+    if not isinstance(given, str):
+        _refuse_options(type(model).__name__, config)
     ternary = any(True for _ in ternary_layers(model))
     if not config.use_bitnet:
         if ternary:
@@ -95,9 +95,8 @@ def _by_name(name: str, config: TrainingConfig, spec: Any) -> nn.Module:
             return build_model(name, **options)
         except ValueError as error:
             raise UsageError(f"model_options: {error}") from None
-    if config.model_options:
-        raise UsageError(f"model_options belong to {' and '.join(REGISTRY)}, and model is {name!r}")
     if ":" in name:
+        _refuse_options(name, config)
         return _from_function(name)
     folder = Path(name)
     if not folder.is_dir():
@@ -110,10 +109,18 @@ def _by_name(name: str, config: TrainingConfig, spec: Any) -> nn.Module:
             f"model {name!r} is unknown; {hint}use auto, {', '.join(REGISTRY)}, the folder of a saved model, "
             "or package.module:function"
         )
+    _refuse_options(name, config)
     try:
         return load_compressed_model(folder).train()
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def _refuse_options(name: str, config: TrainingConfig) -> None:
+    if config.model_options:
+        raise UsageError(
+            f"model_options build a {' or '.join(REGISTRY)}, and the model is {name!r}; leave them out"
+        )
 
 
 def _from_function(name: str) -> nn.Module:

@@ -83,7 +83,10 @@ class TestPrepare:
                 "use_bitnet=False and the model has ternary layers; give the float model",
             ),
             ({"float_layers": ["layers.0"]}, "the model is ternary already; leave it out"),
-            ({"model_options": {"hidden": [8]}}, "model_options build a model by name; leave them out"),
+            (
+                {"model_options": {"hidden": [8]}},
+                "model_options build a mlp or decoder, and the model is 'MLP'; leave them out",
+            ),
         ],
     )
     def test_what_a_ternary_model_cannot_follow_is_refused(self, options, message):
@@ -148,6 +151,12 @@ class TestPrepare:
         with pytest.raises(UsageError) as caught:
             prepare(name)
         assert message in str(caught.value)
+
+    def test_options_of_a_model_that_takes_none(self, tmp_path):
+        save_compressed_model(build_model("mlp", in_features=4, num_outputs=3), tmp_path / "m")
+        for name in (str(tmp_path / "m"), "own:make"):
+            with pytest.raises(UsageError, match=f"and the model is '{name}'; leave them out"):
+                prepare(name, model_options={"hidden": [8]})
 
     def test_another_thing_than_a_model(self):
         with pytest.raises(UsageError, match=r"model is a int; pass an nn\.Module or a name"):
