@@ -10,8 +10,19 @@ from torch import nn
 
 from phase4_bitnet.layers import Backward, BitConv1d, BitConv2d, BitEmbedding, BitLinear, TernaryWeight
 
-# Names that the output layer goes by in torch, timm and Hugging Face models.
+# Names that the output layer goes by in torch, timm and Hugging Face models, at any depth ...
 HEAD_NAMES = ("lm_head", "head", "classifier", "score", "fc_out", "output_projection", "qa_outputs")
+# ... and as an attribute of the model itself only; inside a block they are something else.
+TOP_HEAD_NAMES = ("output", "out", "fc", "logits", "decoder", "proj_out")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 def convert_model_to_bitnet(
@@ -29,8 +40,9 @@ def convert_model_to_bitnet(
     """Replace the hidden linear layers of ``model`` by :class:`BitLinear`, in place.
 
     The output head, embeddings and norms stay float, as in BitNet b1.58. Weights, biases, devices,
-    frozen flags and weight tying are kept: the latent is the very parameter that the float layer
-    had. Layers that are ternary already are left alone.
+    frozen flags, hooks and weight tying are kept: the latent is the very parameter that the float
+    layer had. Layers that are ternary already are left alone. So are layers of a subclass with a
+    forward of its own, with a warning that names them.
 
     Args:
         model: any module.
@@ -39,14 +51,16 @@ def convert_model_to_bitnet(
         weight_bits, quantization_mode, activation_bits, backward: as for :class:`BitLinear`.
         norm: put an RMSNorm without a gain before each ternary linear. "auto" does so in models with
             attention and not in others. It changes the function that the layer computes.
-        convolutions: convert Conv1d and Conv2d too, weights only; the first one stays float.
+        convolutions: convert Conv1d and Conv2d too, weights only; without ``skip`` the first one stays
+            float.
         embeddings: convert embedding tables too, weights only.
 
     Returns:
         ``model``, changed.
 
     Raises:
-        ValueError: nothing can be converted, or a ``skip`` name matches no layer.
+        ValueError: nothing can be converted, a ``skip`` name matches no layer, or the weight of a layer
+            is computed from others (weight_norm, parametrizations) or not there yet (lazy layers).
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -62,17 +76,23 @@ def convert_model_to_bitnet(
     }
     # Not deduplicated: a module that is reachable by two names is replaced at both.
     places = dict(model.named_modules(remove_duplicate=False))
+    kinds: tuple[Any, ...] = (nn.Linear,)
+    if convolutions:
+        kinds += (nn.Conv1d, nn.Conv2d)
+    if embeddings:
+        kinds += (nn.Embedding,)
     candidates = {
-        name: m
-        for name, m in places.items()
-        if _convertible(m, convolutions=convolutions, embeddings=embeddings)
+        n: m for n, m in places.items() if isinstance(m, kinds) and not isinstance(m, TernaryWeight)
     }
+    foreign = [n for n, m in candidates.items() if not _computes_as(m, kinds)]
+    candidates = {n: m for n, m in candidates.items() if n not in foreign}
     fused = _read_past_forward(places)
     kept = _names_to_skip(model, candidates, skip)
     converted: dict[int, nn.Module] = {}
-    for name, module in candidates.items():
-        if name in kept or name in fused:
-            continue
+    chosen = {n: m for n, m in candidates.items() if n not in kept and n not in fused}
+    for name, module in chosen.items():
+        _check_weight(name, module)
+    for name, module in chosen.items():
         if id(module) not in converted:
             options = linear_options if isinstance(module, nn.Linear) else common
             converted[id(module)] = _ternary_twin(module, options)
@@ -82,6 +102,12 @@ def convert_model_to_bitnet(
                 "the model is itself one linear layer; wrap it in a module, or build a BitLinear"
             )
         setattr(places[parent_name], attribute, converted[id(module)])
+    if foreign:
+        warnings.warn(
+            f"{len(foreign)} layers stay float, {foreign[0]!r} first: they have options or a forward of "
+            "their own that a ternary layer would drop",
+            stacklevel=2,
+        )
     if fused:
         warnings.warn(
             f"{len(fused)} attention projections stay float, {sorted(fused)[0]!r} first: "
@@ -113,15 +139,27 @@ def hidden_linears(model: nn.Module) -> list[str]:
     return [n for n in linears if n not in kept]
 
 
-def _convertible(module: nn.Module, *, convolutions: bool, embeddings: bool) -> bool:
-    if isinstance(module, TernaryWeight):
+def _computes_as(module: nn.Module, kinds: tuple[Any, ...]) -> bool:
+    """Whether the module does what its torch class does and no more, so that a twin can stand in."""
+    kind = next(k for k in kinds if isinstance(module, k))
+    if isinstance(module, nn.Embedding) and (module.max_norm or module.sparse or module.scale_grad_by_freq):
         return False
-    kinds: tuple[type, ...] = (nn.Linear,)
-    if convolutions:
-        kinds += (nn.Conv1d, nn.Conv2d)
-    if embeddings:
-        kinds += (nn.Embedding,)
-    return isinstance(module, kinds)
+    # A lazy layer changes its class at the first forward; it is refused with a message of its own.
+    lazy = isinstance(module, nn.modules.lazy.LazyModuleMixin)
+    return type(module).forward is kind.forward or lazy
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    weight = module._parameters.get("weight")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"layer {name!r} is lazy and has no weight yet; run one batch through the model first"
+        )
+    if weight is None:
+        raise ValueError(
+            f"the weight of layer {name!r} is computed from others (weight_norm or a parametrization); "
+            "remove that first, or keep the layer in float by name"
+        )
 
 
 def _has_attention(model: nn.Module) -> bool:
@@ -164,7 +202,11 @@ def _names_to_skip(
         return kept
     tied = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     linears = [n for n, m in candidates.items() if isinstance(m, nn.Linear)]
-    heads = {n for n in linears if n.rsplit(".", 1)[-1] in HEAD_NAMES or id(candidates[n].weight) in tied}
+    heads = {
+        n
+        for n in linears
+        if n.rsplit(".", 1)[-1] in HEAD_NAMES or n in TOP_HEAD_NAMES or id(candidates[n].weight) in tied
+    }
     if not heads and linears:
         heads = {linears[-1]}
     convolutions = [n for n, m in candidates.items() if isinstance(m, (nn.Conv1d, nn.Conv2d))]
@@ -207,4 +249,6 @@ def _ternary_twin(module: nn.Module, options: dict[str, Any]) -> nn.Module:
     twin.scale = torch.empty((), dtype=torch.float32, device=device)
     if not twin.weight.is_meta:
         twin.requantize_()
+    for hooks in _HOOKS:
+        setattr(twin, hooks, getattr(module, hooks))
     return twin.train(module.training)

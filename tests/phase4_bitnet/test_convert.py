@@ -117,3 +117,52 @@ def test_fused_attention_projections_are_named_in_a_warning():
     with pytest.warns(UserWarning, match="self_attn.out_proj"):
         convert_model_to_bitnet(model)
     assert names(model) == ["0.linear1", "0.linear2"]
+
+
+def test_layers_with_more_than_their_class_stay_float_and_are_named():
+    class LoRALinear(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + x.sum()
+
+    model = nn.Sequential(LoRALinear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="'0' first"):
+        convert_model_to_bitnet(model)
+    assert names(model) == ["1"]
+    table = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0), nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match="'0' first"):
+        convert_model_to_bitnet(table, embeddings=True)
+    assert names(table) == ["1"]
+
+
+def test_hooks_go_on_firing():
+    model, calls = mlp(), []
+    model[0].register_forward_hook(lambda *_: calls.append("after"))
+    model[0].register_forward_pre_hook(lambda *_: calls.append("before"))
+    convert_model_to_bitnet(model)(torch.randn(2, 6))
+    assert calls == ["before", "after"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), "'0' is computed from others"),
+        (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), "'0' is computed from others"),
+        (lambda: nn.LazyLinear(8), "'0' is lazy"),
+    ],
+)
+def test_weights_that_are_not_parameters_are_refused_by_name(make, message):
+    model = mlp()
+    model[0] = make()
+    with pytest.raises(ValueError, match=message):
+        convert_model_to_bitnet(model)
+    assert type(model[2]) is nn.Linear, "nothing is changed when one layer cannot be"
+
+
+def test_a_head_that_was_registered_before_the_body_is_known_by_its_name():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.output = nn.Linear(4, 2)
+            self.body = nn.Sequential(nn.Linear(4, 4))
+
+    assert names(convert_model_to_bitnet(Model())) == ["body.0"]

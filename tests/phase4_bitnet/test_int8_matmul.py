@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from phase4_bitnet.int8_matmul import _int_mm_padded, int8_matmul
+from phase4_bitnet.int8_matmul import MAX_INNER, _int_mm_padded, int8_matmul
 
 
 def operands(m, k, n, seed=0):
@@ -45,7 +45,12 @@ def test_wrong_operands_are_refused():
     with pytest.raises(ValueError, match="shapes"):
         int8_matmul(a, a)
     with pytest.raises(ValueError, match="overflow"):
-        int8_matmul(a.new_zeros(1, 200_000), a.new_zeros(200_000, 1))
+        int8_matmul(a.new_zeros(1, MAX_INNER + 1), a.new_zeros(MAX_INNER + 1, 1))
+
+
+def test_the_longest_sum_does_not_overflow():
+    a = torch.full((1, MAX_INNER), -128, dtype=torch.int8)
+    assert int8_matmul(a, a.t()).item() == 128 * 128 * MAX_INNER
 
 
 @pytest.mark.cuda

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -139,6 +140,61 @@ def test_casting_the_model_keeps_the_scale_in_float32():
     assert layer.scale.dtype == torch.float32
     assert layer.codes.dtype == torch.int8
     assert layer(torch.randn(3, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_stochastic_layer_without_an_owner_evaluates_and_saves_the_nearest_codes():
+    layer = make_layer(quantization_mode="stochastic")
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn_like(layer.weight))
+    expected = bitnet.ternary(layer.weight.detach().numpy())[0]
+    assert np.array_equal(layer.eval().current_codes()[0].numpy(), expected)
+    assert np.array_equal(layer.train().state_dict()["codes"].numpy(), expected)
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_follows_its_own_latent(copy_of):
+    layer = make_layer()
+    layer.codes_are_current = True
+    twin = copy_of(layer)
+    assert layer.codes_are_current
+    with torch.no_grad():
+        twin.weight.copy_(torch.randn_like(twin.weight))
+    expected = bitnet.ternary(twin.weight.detach().numpy())[0]
+    assert np.array_equal(twin.current_codes()[0].numpy(), expected)
+
+
+def test_float_checkpoint_into_a_layer_on_meta():
+    linear = nn.Linear(24, 10)
+    layer = BitLinear(24, 10, device="meta")
+    assert layer(torch.randn(2, 24, device="meta")).shape == (2, 10)
+    layer.load_state_dict(linear.state_dict(), assign=True)
+    assert np.array_equal(layer.codes.numpy(), bitnet.ternary(linear.weight.detach().numpy())[0])
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-7, 1e-9])
+def test_int8_backward_keeps_small_gradients(size):
+    layer = make_layer(k=64, n=48, backward="int8")
+    x, grad = torch.randn(33, 64), torch.randn(33, 48) * size
+    layer(x).backward(grad)
+    _, _, x_hat, w_hat = bitnet.linear_forward(x.numpy(), layer.weight.detach().numpy())
+    assert relative_error(layer.weight.grad, bitnet.linear_backward(grad.numpy(), x_hat, w_hat)[1]) < 2e-2
+
+
+def test_int8_backward_takes_more_rows_than_one_int32_sum(monkeypatch):
+    monkeypatch.setattr("phase4_bitnet.layers.MAX_INNER", 7)
+    layer = make_layer(k=16, n=12, backward="int8")
+    x, grad = torch.randn(33, 16), torch.randn(33, 12)
+    layer(x).backward(grad)
+    _, _, x_hat, w_hat = bitnet.linear_forward(x.numpy(), layer.weight.detach().numpy())
+    assert relative_error(layer.weight.grad, bitnet.linear_backward(grad.numpy(), x_hat, w_hat)[1]) < 2e-2
+
+
+def test_a_second_derivative_is_refused():
+    layer = make_layer()
+    x = torch.randn(4, 24, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_stochastic_mode_draws_in_training_and_not_in_evaluation():

@@ -97,3 +97,21 @@ def test_rows_follow_the_formula(rows, columns, seed, spread):
 def test_rows_of_zero_columns_and_zero_rows():
     assert quantize_rows(torch.zeros(3, 0))[0].shape == (3, 0)
     assert quantize_rows(torch.zeros(0, 3))[0].shape == (0, 3)
+
+
+def test_scale_of_a_large_matrix_is_right_and_the_same_on_both_paths():
+    """torch's CPU 1-norm is 1.5% off at this size."""
+    weight = random_weight(4096, 4096, 0)
+    mean = weight.double().abs().mean().item()
+    codes, scales = [torch.zeros_like(weight, dtype=torch.int8)], [torch.zeros(())]
+    requantize_([weight], codes, scales)
+    one, scale = quantize_weight(weight)
+    assert scales[0].item() == scale.item() == pytest.approx(mean, rel=2**-11)
+    assert torch.equal(codes[0], one)
+
+
+def test_tiny_rows_keep_their_size_with_a_floor_of_their_own():
+    x = torch.tensor([[1e-9, -2e-9]])
+    q, scale = quantize_rows(x, floor=torch.finfo(torch.float32).tiny)
+    assert q.tolist() == [[64, -127]]
+    torch.testing.assert_close(q * scale, x, rtol=1e-2, atol=0)

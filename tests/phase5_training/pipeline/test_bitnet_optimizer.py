@@ -1,4 +1,5 @@
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -216,3 +217,106 @@ def test_unknown_names_and_frozen_models_are_refused():
         build_optimizer("adamw", model_of().requires_grad_(False), learning_rate=0.1, weight_decay=0.0)
     with pytest.raises(ValueError, match="gradient_clipping=False"):
         BitNetOptimizer(sgd(model_of()), model_of(), max_grad_norm=0)
+
+
+def test_stochastic_codes_and_frozen_layers_survive_a_skipped_step():
+    for guarded in (False, True):
+        model = model_of(quantization_mode="stochastic")
+        model[3].weight.requires_grad_(False)
+        optimizer = BitNetOptimizer(
+            torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 0.1), model
+        )
+        optimizer._undo_on_device = guarded
+        frozen = model[3].codes.clone()
+        backward(model)
+        optimizer.step()
+        drawn = model[1].codes.clone()
+        backward(model)
+        model[1].weight.grad[0, 0] = float("nan")
+        optimizer.step()
+        assert torch.equal(model[1].codes, drawn)
+        assert torch.equal(model[3].codes, frozen)
+
+
+@pytest.mark.parametrize("name", ["ema", "ma", "high_pass"])
+@pytest.mark.parametrize("bad", [0, 3])
+def test_a_skipped_step_is_as_if_it_had_not_been(name, bad):
+    """On the host and undone on the device: the same weights as without the bad gradient."""
+    weights = []
+    for guarded, skips in ((False, False), (False, True), (True, True)):
+        torch.manual_seed(0)
+        layer = nn.Linear(3, 2, bias=False)
+        config = GrokfastConfig(filter=name, window=3)
+        optimizer = BitNetOptimizer(
+            torch.optim.SGD(layer.parameters(), 0.1, momentum=0.9),
+            layer,
+            gradient_filter=GradientFilter(config),
+        )
+        optimizer._undo_on_device = guarded
+        for step in range(8):
+            g = torch.Generator().manual_seed(step)
+            if skips and step == bad:
+                layer.weight.grad = torch.full((2, 3), float("inf"))
+                optimizer.step()
+            layer.weight.grad = torch.randn(2, 3, generator=g)
+            optimizer.step()
+        weights.append(layer.weight.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    torch.testing.assert_close(weights[0], weights[2], rtol=0, atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_too():
+    model = model_of()
+    optimizer = BitNetOptimizer(sgd(model), model)
+    before = model[1].weight.detach().clone()
+    backward(model)
+    optimizer.step(loss=torch.tensor(float("nan")))
+    assert bool(optimizer.report.nonfinite)
+    assert torch.equal(model[1].weight, before)
+
+
+def test_an_added_group_is_trained():
+    model = model_of()
+    optimizer = BitNetOptimizer(torch.optim.SGD(model[1].parameters(), 0.1), model)
+    optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 0.2})
+    before = model[4].weight.detach().clone()
+    backward(model)
+    optimizer.step()
+    torch.testing.assert_close(model[4].weight.detach(), before - 0.2 * model[4].weight.grad)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_layers_follow_their_latents_when_the_wrapper_is_gone():
+    model = model_of()
+    optimizer = BitNetOptimizer(sgd(model), model)
+    assert model[1].codes_are_current
+    del optimizer
+    gc.collect()
+    assert not model[1].codes_are_current
+
+
+def test_a_copied_wrapper_works_on_its_own():
+    model = model_of()
+    optimizer = BitNetOptimizer(build_optimizer("muon", model, learning_rate=0.1, weight_decay=0.0), model)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    before = model[1].weight.detach().clone()
+    backward(twin_model)
+    twin.step()
+    assert torch.equal(model[1].weight, before)
+    assert not torch.equal(twin_model[1].weight, before)
+
+
+def test_lbfgs_is_refused():
+    model = model_of()
+    with pytest.raises(ValueError, match="several times a step"):
+        BitNetOptimizer(torch.optim.LBFGS(model.parameters()), model)
+
+
+def test_the_norm_of_large_gradients_is_right():
+    """torch's CPU norm is 0.06% off at this size."""
+    layer = nn.Linear(4096, 4096, bias=False)
+    layer.weight.grad = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    optimizer = BitNetOptimizer(sgd(layer), layer)
+    optimizer.step()
+    exact = layer.weight.grad.double().norm().item()
+    assert optimizer.report.grad_norm.item() == pytest.approx(exact, rel=1e-4)
