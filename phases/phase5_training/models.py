@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib
 import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,11 @@ def check_against_data(
     few = to_device(rows_of(batch, slice(2)), device)
     modes = {m: m.training for m in model.modules()}
     generator = torch.get_rng_state()
+    idle = dict(ternary_layers(model))
+    watching = [
+        layer.register_forward_pre_hook(lambda module, inputs, name=name: idle.pop(name, None) and None)
+        for name, layer in idle.items()
+    ]
     try:
         model.eval()
         with torch.no_grad():
@@ -227,8 +233,16 @@ def check_against_data(
         ) from error
     finally:
         torch.set_rng_state(generator)
+        for hook in watching:
+            hook.remove()
         for module, training in modes.items():
             module.training = training
+    if idle:
+        warnings.warn(
+            f"{len(idle)} ternary layers were not called for two samples, {next(iter(idle))!r} first; where a "
+            "model reads a weight directly it trains in float: name those layers in float_layers",
+            stacklevel=2,
+        )
 
 
 def check_monitor(monitor: str, figures: Mapping[str, Any]) -> None:

@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from phase4_bitnet import build_model, load_compressed_model, save_compressed_model, ternary_layers
+from phase4_bitnet import (
+    build_model,
+    convert_model_to_bitnet,
+    load_compressed_model,
+    save_compressed_model,
+    ternary_layers,
+)
 from phase4_bitnet.layers import BitLinear
 from phase5_training.config import parse_config
 from phase5_training.errors import UsageError
@@ -314,3 +320,19 @@ def test_descriptions():
     assert size["parameters"] == 4 * 8 + 8 + 8 * 8 + 8 + 8 * 3 + 3
     assert size["ternary_parameters"] == 4 * 8 + 8 * 8
     assert size["packed_mb"] == pytest.approx(((8 + 8 + 8 * 3 + 3) * 4 + 96 / 4) / 1e6)
+
+
+def test_a_ternary_layer_whose_weight_is_read_past_its_forward_is_named():
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.used, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(self.used(nn.functional.linear(x, self.qkv.weight)))
+
+    model = convert_model_to_bitnet(Past())
+    batch = {"input": torch.randn(4, 4), "target": torch.tensor([0, 1, 2, 0])}
+    with pytest.warns(UserWarning, match="1 ternary layers .* 'qkv' first"):
+        check_against_data(model, build_loss("cross_entropy"), batch, FEATURES, CPU)
+    assert not model.used._forward_pre_hooks
