@@ -16,7 +16,18 @@ LONGEST_MODULE = 500
 
 P5 = "phase5_training"
 LEAVES = {
-    f"{P5}.{name}" for name in ("batches", "errors", "events", "outputs", "phases", "protocols", "records")
+    f"{P5}.{name}"
+    for name in (
+        "batches",
+        "errors",
+        "events",
+        "loop_state",
+        "outputs",
+        "phases",
+        "protocols",
+        "records",
+        "signals",
+    )
 }
 # Parts of the loop that live outside pipeline/: they import leaves only, so pipeline/ may import them.
 SUPPORT = {f"{P5}.checkpoint", f"{P5}.meter"}

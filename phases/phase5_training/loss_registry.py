@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from phase5_training.errors import UsageError, nearest_match
-from phase5_training.outputs import count_units, unwrap_outputs
+from phase5_training.outputs import as_mean, count_units, unwrap_outputs
 from phase5_training.pipeline.loss_functions import (
     bitnet_classification_loss,
     cross_entropy,
@@ -63,13 +63,7 @@ class Loss:
 
     def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss, 0-dim, of what the model returned for ``batch``."""
-        value = self._fn(unwrap_outputs(outputs, _target(batch)), batch)
-        if not isinstance(value, Tensor) or value.ndim != 0:
-            found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise UsageError(
-                f"loss {self.name} returned {found}; wanted a 0-dim tensor, the mean over the batch"
-            )
-        return value
+        return as_mean(self._fn(unwrap_outputs(outputs, _target(batch)), batch), self.name)
 
     def units(self, batch: Mapping[str, Any]) -> int | Tensor:
         """How many samples or valid tokens the mean is over, from the targets alone.

@@ -43,14 +43,17 @@ class Meter:
         logits = unwrap_outputs(outputs)
         if not isinstance(target, Tensor) or not isinstance(logits, Tensor):
             return
-        if target.is_floating_point() or logits.dim() != target.dim() + 1:
-            return
+        if target.is_floating_point() or logits.shape[:-1] != target.shape:
+            return  # no classes in the last dimension: values, or segmentation with (n, classes, h, w)
         valid = target != IGNORE_INDEX
         self._correct += torch.stack([((logits.detach().argmax(-1) == target) & valid).sum(), valid.sum()])
 
-    def add(self, loss: Tensor, nonfinite: Tensor, samples: int) -> None:
-        """Take one optimizer step: its () loss, whether it was skipped, and its samples."""
-        good = (~nonfinite).double()
+    def add(self, loss: Tensor, nonfinite: Tensor, samples: int, *, counts: bool | Tensor = True) -> None:
+        """Take one optimizer step: its () loss, whether it was skipped, and its samples.
+
+        ``counts`` is False for a batch without a valid target, which has no loss to average.
+        """
+        good = (~nonfinite & torch.as_tensor(counts, device=nonfinite.device)).double()
         figures = torch.cat(
             [
                 # A skipped step has no loss to average.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
+
+from phase5_training.errors import UsageError
 
 IGNORE_INDEX = -100  # a target that does not count: padding, or no label
 
@@ -51,3 +53,46 @@ def count_units(targets: Any) -> int | Tensor:
     if targets.is_floating_point():
         return targets.shape[0]
     return (targets != IGNORE_INDEX).sum()
+
+
+def as_mean(value: Any, name: str) -> Tensor:
+    """What a loss returned, when it is a 0-dim tensor.
+
+    Args:
+        value: what it returned.
+        name: of the loss, for the message.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise UsageError(f"loss {name} returned {found}; wanted a 0-dim tensor, the mean over the batch")
+    return value
+
+
+class PlainLoss:
+    """A function of (outputs, targets) as the loop's loss: the mean over samples or tokens.
+
+    Args:
+        fn: called with the unwrapped outputs and the batch's targets.
+
+    Example:
+        >>> import torch
+        >>> loss = PlainLoss(torch.nn.functional.mse_loss)
+        >>> batch = {"target": torch.ones(2)}
+        >>> float(loss(torch.zeros(2), batch)), loss.units(batch)
+        (1.0, 2)
+    """
+
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        self._fn = fn
+
+    def __call__(self, outputs: Any, batch: Mapping[str, Any]) -> Tensor:
+        """The mean loss, 0-dim."""
+        name = getattr(self._fn, "__name__", type(self._fn).__name__)
+        return as_mean(self._fn(unwrap_outputs(outputs), batch["target"]), name)
+
+    def units(self, batch: Mapping[str, Any]) -> int | Tensor:
+        """See :func:`count_units`."""
+        return count_units(batch["target"])

@@ -19,8 +19,8 @@ class Optimizes(Protocol):
     def report(self) -> Any:
         """Figures of the last step: grad_norm, nonfinite, slow_ratio, flip_share."""
 
-    def step(self) -> Any:
-        """Finite check, clip, filter, update, re-quantize."""
+    def step(self, *, loss: Tensor | None = None) -> Any:
+        """Finite check of gradients and loss, clip, filter, update, re-quantize."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
@@ -65,6 +65,11 @@ class StopsEarly(Protocol):
     """What the loop asks of early stopping; see :class:`EarlyStopping`."""
 
     monitor: str
+    best: float | None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has run out."""
 
     def update(self, value: float | None, step: int) -> tuple[bool, bool]:
         """(improved, should stop)."""

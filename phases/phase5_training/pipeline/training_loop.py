@@ -5,7 +5,6 @@ scheduler, loss, validator, early stopping, checkpoint store - come in through t
 Nothing in a step waits for the device: losses are summed there and read at log intervals.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ from phase5_training.batches import count_samples, micro_batches_of, to_device
 from phase5_training.checkpoint import random_state, set_random_state
 from phase5_training.errors import RunFailed, UsageError
 from phase5_training.events import CallbackRegistry, Event
+from phase5_training.loop_state import LoopState
 from phase5_training.meter import Meter, memory_mb, number
-from phase5_training.outputs import count_units, unwrap_outputs
+from phase5_training.outputs import PlainLoss
 from phase5_training.protocols import Batch, Optimizes, Saves, Schedules, StopsEarly, Validates
 
 
@@ -61,36 +61,6 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"{name}={value} must be above 0; leave it out for no limit")
-
-
-@dataclass
-class LoopState:
-    """Where a run stands.
-
-    Args:
-        step: optimizer steps taken. epoch: the epoch in progress, from 0. batch: batches of it used.
-        seconds: training time, validation and saving included, over all sessions of the run.
-        samples: samples seen. nonfinite: steps skipped. validation: the last validation's figures.
-        stop_reason: "finished", "max_steps", "max_seconds", "early_stop" or "interrupted".
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    seconds: float = 0.0
-    samples: int = 0
-    nonfinite: int = 0
-    nonfinite_in_a_row: int = 0
-    epochs_completed: int = 0
-    train_loss: float | None = None
-    train_accuracy: float | None = None
-    best_accuracy: float | None = None
-    best_loss: float | None = None
-    validation: dict[str, Any] | None = None
-    validated_step: int = -1
-    saved_step: int = -1
-    phase: str | None = None
-    stop_reason: str = ""
 
 
 class TrainingLoop:
@@ -146,6 +116,7 @@ class TrainingLoop:
         self.best_weights: dict[str, Tensor] | None = None
         self.best_loss_state: dict[str, Tensor] = {}
         self._stop = False
+        self._modes: dict[nn.Module, bool] = {}
         self._resumed_random: Mapping[str, Any] | None = None
         self._epoch_random: Mapping[str, Any] = {}
         self._loss: Any = None
@@ -169,8 +140,10 @@ class TrainingLoop:
         Raises:
             RunFailed: too many steps in a row were not finite, or the data gave no batch.
         """
-        self._loss = loss_fn if hasattr(loss_fn, "units") else _PlainLoss(loss_fn)
-        self.state.stop_reason = ""
+        self._loss = loss_fn if hasattr(loss_fn, "units") else PlainLoss(loss_fn)
+        rule = self.early_stopping
+        if not (self.state.stop_reason == "early_stop" and rule is not None and rule.stopped):
+            self.state.stop_reason = ""
         self._started = time.perf_counter() - self.state.seconds
         self._meter.resume(self._clock())
         self.callbacks.fire(
@@ -179,10 +152,10 @@ class TrainingLoop:
         if self._resumed_random is not None:
             set_random_state(self._resumed_random)
             self._resumed_random = None
-        self.module.train()
+        self._training_modes()
         try:
             self._epochs(train_loader, val_loader)
-            if not self._stop:
+            if self.state.stop_reason != "interrupted":
                 # An interrupted run goes on later: its figures must come as if it had not stopped.
                 self._log_if_due(force=True)
                 self._validate(val_loader)
@@ -202,6 +175,15 @@ class TrainingLoop:
             )
         return self.state
 
+    def _training_modes(self) -> None:
+        """Train mode; parts that the caller put in eval mode, as a frozen BatchNorm, stay in it."""
+        if not self._modes:
+            if not self.module.training:
+                self.module.train()
+            self._modes = {m: m.training for m in self.module.modules()}
+        for module, training in self._modes.items():
+            module.training = training
+
     def stop(self) -> None:
         """Ask the loop to save and return at the next step boundary; safe from another thread."""
         self._stop = True
@@ -219,7 +201,7 @@ class TrainingLoop:
             "best_loss_state": self.best_loss_state,
             "random": random_state(),
             "epoch_random": self._epoch_random,
-            "loop": {**vars(self.state), "stop_reason": ""},
+            "loop": self.state.to_save(),
             "meter": self._meter.state_dict(),
         }
 
@@ -261,7 +243,7 @@ class TrainingLoop:
                     break
             else:
                 if state.batch == 0 and state.step == steps_before:
-                    raise RunFailed("the training data gave no batch; check that the data set is not empty")
+                    raise RunFailed(_no_batch(train_loader, state.epoch, config.epochs))
                 self._end_epoch()
                 continue
             if state.batch == _length(train_loader):
@@ -307,16 +289,14 @@ class TrainingLoop:
             with torch.autocast(self.device.type, self.config.amp_dtype, enabled=self.config.use_amp):
                 outputs = self.model(micro_batch["input"])
                 mean = self._loss(outputs, micro_batch)
-            # Weighted by its share of the whole batch's samples or tokens, so that the sum of the
-            # gradients is the gradient of the batch's mean loss however it is cut.
-            share = mean if len(micro_batches) == 1 else mean * (own / total)
+            share = _share(mean, own, total)
             (self.scaler.scale(share) if self.scaler else share).backward()
             loss += share.detach()
             self._meter.count_correct(outputs, micro_batch["target"])
         if self.scaler:
             self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         self.optimizer.measure = due
-        self.optimizer.step()
+        self.optimizer.step(loss=loss)
         if self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad()
@@ -324,7 +304,7 @@ class TrainingLoop:
             self._meter.lr = self.scheduler.get_lr()
             self.scheduler.step()
         samples = count_samples(batch)
-        self._meter.add(loss, self.optimizer.report.nonfinite, samples)
+        self._meter.add(loss, self.optimizer.report.nonfinite, samples, counts=total > 0)
         state.step, state.batch, state.samples = state.step + 1, state.batch + 1, state.samples + samples
         if self.callbacks.wants(Event.STEP_END):
             self.callbacks.fire(
@@ -343,6 +323,8 @@ class TrainingLoop:
 
     def _limit_reached(self) -> bool:
         state, config = self.state, self.config
+        if state.stop_reason == "early_stop":
+            return True  # and not interrupted: there is nothing to go on with
         if self._stop:
             state.stop_reason = "interrupted"
         elif config.max_steps is not None and state.step >= config.max_steps:
@@ -389,10 +371,8 @@ class TrainingLoop:
             "memory_mb": memory_mb(self.device),
             "elapsed_s": self._clock(),
         }
-        state.train_loss, state.train_accuracy = row["loss"], row["accuracy"]
         skipped, steps = row.pop("skipped"), row.pop("steps")
-        state.nonfinite += skipped
-        state.nonfinite_in_a_row = state.nonfinite_in_a_row + skipped if skipped == steps else 0
+        state.note_training(row, skipped, steps)
         row["nonfinite_steps"] = state.nonfinite
         self.callbacks.fire(Event.LOG, state.step, row)
         if skipped:
@@ -415,9 +395,7 @@ class TrainingLoop:
         self._meter.pause(self._clock())
         self.callbacks.fire(Event.EVAL_START, state.step, {"step": state.step})
         figures = self.validator.run_validation(val_loader, self._loss)
-        state.validation, state.validated_step = figures, state.step
-        state.best_loss = _better(state.best_loss, figures.get("loss"), min)
-        state.best_accuracy = _better(state.best_accuracy, figures.get("accuracy"), max)
+        state.note_validation(figures)
         improved, stop = False, False
         if self.early_stopping is not None:
             improved, stop = self.early_stopping.update(figures.get(self.early_stopping.monitor), state.step)
@@ -435,9 +413,11 @@ class TrainingLoop:
         }
         self.callbacks.fire(Event.EVAL_END, state.step, metrics)
         self._meter.resume(self._clock())
-        if stop and not state.stop_reason:
+        if stop and self.early_stopping is not None and not state.stop_reason:
             state.stop_reason = "early_stop"
-            self.callbacks.fire(Event.EARLY_STOP, state.step, {"step": state.step, "best": state.best_loss})
+            rule = self.early_stopping
+            metrics = {"step": state.step, "monitor": rule.monitor, "best": rule.best}
+            self.callbacks.fire(Event.EARLY_STOP, state.step, metrics)
 
     def save(self) -> Path | None:
         """Write a checkpoint of this step, unless it has one."""
@@ -456,17 +436,25 @@ class TrainingLoop:
         return time.perf_counter() - self._started
 
 
-class _PlainLoss:
-    """A function of (outputs, targets) as the loop's loss: the mean over samples."""
+def _share(mean: Tensor, own: int | Tensor, total: int | Tensor) -> Tensor:
+    """A micro-batch's mean loss times its share of the whole batch's samples or tokens.
 
-    def __init__(self, fn: Callable[..., Tensor]) -> None:
-        self._fn = fn
+    The sum of the gradients is then the gradient of the batch's mean loss however it is cut.
+    """
+    if not isinstance(own, Tensor):
+        return mean if own == total else mean * (own / total)
+    own, total = own.to(mean.device), torch.as_tensor(total, device=mean.device)
+    # Without a valid target there is no mean: what stands in its place, often nan, must not count.
+    return torch.where(own > 0, mean * (own / total.clamp(min=1)), 0.0)
 
-    def __call__(self, outputs: Any, batch: Batch) -> Tensor:
-        return self._fn(unwrap_outputs(outputs), batch["target"])
 
-    def units(self, batch: Batch) -> int | Tensor:
-        return count_units(batch["target"])
+def _no_batch(loader: Any, epoch: int, epochs: int) -> str:
+    if isinstance(loader, Iterator) and epoch:
+        return (
+            f"train_loader is a {type(loader).__name__}, which gives its batches once; it was exhausted "
+            f"after epoch {epoch} of {epochs}: pass a list or a DataLoader, or use epochs={epoch}"
+        )
+    return "the training data gave no batch; check that the data set is not empty"
 
 
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -478,9 +466,3 @@ def _length(loader: Any) -> int | None:
         return len(loader)
     except TypeError:
         return None
-
-
-def _better(best: float | None, value: float | None, choose: Callable[..., float]) -> float | None:
-    if value is None or not math.isfinite(value):
-        return best
-    return value if best is None else choose(best, value)

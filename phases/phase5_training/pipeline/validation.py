@@ -231,7 +231,12 @@ class EarlyStopping:
             self.best, self.best_step, self.bad_evaluations = float(value), step, 0
         else:
             self.bad_evaluations += 1
-        return improved, self.patience is not None and self.bad_evaluations >= self.patience
+        return improved, self.stopped
+
+    @property
+    def stopped(self) -> bool:
+        """Whether patience has run out, by the patience in force now."""
+        return self.patience is not None and self.bad_evaluations >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen; the settings are not part of it."""

@@ -146,7 +146,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(micro):
     for size in (None, micro):
         loop = make_loop(epochs=1, max_steps=1, micro_batch_size=size)
         seen = []
-        loop.optimizer.step = lambda loop=loop, seen=seen: seen.extend(
+        loop.optimizer.step = lambda loop=loop, seen=seen, **given: seen.extend(
             p.grad.clone() for p in loop.module.parameters()
         )
         loop.train(Loader(), cross_entropy)
@@ -293,3 +293,150 @@ def test_bad_lengths_are_refused(option):
 def test_unknown_event_lists_the_events():
     with pytest.raises(UsageError, match=r"did you mean 'epoch_end'.*fit_start, epoch_start"):
         CallbackRegistry().register("epochend", print)
+
+
+def simple_loop(model=None, **config):
+    torch.manual_seed(0)
+    model = model or nn.Linear(5, 3)
+    optimizer = BitNetOptimizer(torch.optim.SGD(model.parameters(), 0.1), model)
+    return TrainingLoop(model, optimizer, LoopConfig(log_interval=1, **config))
+
+
+NO_TARGET = {"input": torch.ones(4, 5), "target": torch.full((4,), -100)}
+
+
+def test_a_micro_batch_without_a_valid_target_counts_for_nothing():
+    batch = {
+        "input": torch.randn(6, 5, generator=torch.Generator().manual_seed(0)),
+        "target": torch.tensor([0, 1, 2, -100, -100, -100]),
+    }
+    loops = [simple_loop(micro_batch_size=size) for size in (None, 3)]
+    whole, cut = (loop.train([batch], cross_entropy) for loop in loops)
+    assert cut.nonfinite == 0
+    assert cut.train_loss == pytest.approx(whole.train_loss)
+    torch.testing.assert_close(loops[1].module.weight, loops[0].module.weight)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_a_batch_without_a_valid_target_is_not_averaged(micro):
+    loop = simple_loop(micro_batch_size=micro, epochs=1)
+    epochs = []
+    loop.callbacks.register("epoch_end", lambda epoch, metrics: epochs.append(metrics["loss"]))
+    first = cross_entropy(loop.module(torch.ones(4, 5)), torch.zeros(4, dtype=torch.long)).item()
+    state = loop.train([{**NO_TARGET, "target": torch.zeros(4, dtype=torch.long)}, NO_TARGET], cross_entropy)
+    assert state.nonfinite == 0
+    assert epochs == [pytest.approx(first)]
+    assert loop.module.weight.isfinite().all()
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_is():
+    loop = simple_loop()
+    before = loop.module.weight.detach().clone()
+    batch = {"input": torch.ones(4, 5), "target": torch.ones(4, 3)}
+    state = loop.train([batch], lambda outputs, target: (outputs - target).mean() + float("inf"))
+    assert (state.nonfinite, state.train_loss) == (1, None)
+    assert torch.equal(loop.module.weight, before)
+
+
+def test_the_last_training_loss_is_that_of_the_last_step_that_had_one():
+    good = {"input": torch.ones(4, 5), "target": torch.zeros(4, dtype=torch.long)}
+    bad = {**good, "input": torch.full((4, 5), float("nan"))}
+    alone, followed = (simple_loop().train(batches, cross_entropy) for batches in ([good], [good, bad]))
+    assert followed.nonfinite == 1
+    assert followed.train_loss == alone.train_loss
+
+
+class TestEarlyStop:
+    def loop(self, tmp_path, patience=2, registry=None):
+        loop = make_loop(
+            tmp_path, epochs=9, eval_interval=2, checkpoint_interval=2, registry=registry,
+            early=EarlyStopping(patience=patience, mode="max"),
+        )  # fmt: skip
+        loop.validator = self
+        self.calls = 0
+        return loop
+
+    def run_validation(self, loader, loss):
+        self.calls += 1
+        return {"loss": float(-self.calls), "accuracy": None}
+
+    def test_the_event_names_the_monitored_figure_and_its_best(self, tmp_path):
+        registry = CallbackRegistry()
+        fired = record(registry)
+        loop = self.loop(tmp_path, registry=registry)
+        state = loop.train(Loader(), cross_entropy, [None])
+        (metrics,) = [m for event, _, m in fired if event == Event.EARLY_STOP]
+        assert metrics == {"step": 6, "monitor": "loss", "best": -1.0}
+        assert state.best_loss == -3.0  # the lowest, which mode="max" does not go by
+
+    @pytest.mark.parametrize("patience", [2, 4, None])
+    def test_a_stopped_run_stays_stopped_unless_patience_changed(self, tmp_path, patience):
+        first = self.loop(tmp_path).train(Loader(), cross_entropy, [None])
+        assert (first.step, first.stop_reason) == (6, "early_stop")
+        again = self.loop(tmp_path, patience)
+        again.load_state_dict(load_checkpoint(tmp_path / "step-00000006"))
+        state = again.train(Loader(), cross_entropy, [None])
+        if patience == 2:
+            assert (state.step, state.stop_reason, self.calls) == (6, "early_stop", 0)
+            assert state.validation == first.validation
+        else:
+            assert state.step > 6
+        # And the same loop, called again.
+        assert again.train(Loader(), cross_entropy, [None]).step == state.step
+
+    def test_an_interrupt_at_the_same_step_changes_nothing(self, tmp_path):
+        registry = CallbackRegistry()
+        loop = self.loop(tmp_path, registry=registry)
+        registry.register("early_stop", lambda step, metrics: loop.stop())
+        assert loop.train(Loader(), cross_entropy, [None]).stop_reason == "early_stop"
+
+
+class TestModes:
+    def model(self):
+        return nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+
+    def test_a_part_in_eval_mode_stays_in_it(self):
+        model = self.model()
+        model[1].eval()
+        loop = simple_loop(model, epochs=2)
+        loop.train(Loader(), cross_entropy)
+        assert model[1].num_batches_tracked == 0
+        assert [m.training for m in model] == [True, False, True]
+        model.eval()  # as a pipeline does with what it returns
+        loop.config = LoopConfig(epochs=3)
+        assert loop.train(Loader(), cross_entropy).step == 18
+        assert model[1].num_batches_tracked == 0
+        assert model[0].training
+
+    def test_a_model_in_eval_mode_is_trained_whole(self):
+        model = self.model().eval()
+        simple_loop(model).train(Loader(), cross_entropy)
+        assert model[1].num_batches_tracked == 6
+
+
+def test_targets_with_classes_in_another_place_are_not_counted():
+    """Segmentation: logits (n, classes, h, w) with targets (n, h, w)."""
+    batch = {"input": torch.randn(2, 1, 4, 5), "target": torch.randint(0, 3, (2, 4, 5))}
+    state = simple_loop(nn.Conv2d(1, 3, 1)).train([batch], cross_entropy)
+    assert state.train_accuracy is None
+    assert state.train_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(torch.ones(4), r"shape \(4,\)"), (torch.ones(1), r"shape \(1,\)"), (None, "NoneType")],
+)
+def test_a_loss_that_is_no_number_is_refused(value, found):
+    def own_loss(outputs, target):
+        return value
+
+    with pytest.raises(UsageError, match=f"loss own_loss returned {found}; wanted a 0-dim tensor"):
+        simple_loop().train(Loader(), own_loss)
+
+
+def test_an_exhausted_iterator_is_named():
+    with pytest.raises(
+        RunFailed, match=r"train_loader is a generator.*exhausted after epoch 1 of 2: pass a list"
+    ):
+        simple_loop(epochs=2).train((batch for batch in Loader()), cross_entropy)
+    assert simple_loop(epochs=1).train(iter(Loader()), cross_entropy).step == 6
