@@ -134,8 +134,8 @@ class TrainingConfig(BaseModel):
     """Names or patterns of linear layers to keep in float; None keeps the output head."""
 
     # Grokfast and schedule
-    use_grokfast: bool = True
-    """Amplify the slow part of the gradient."""
+    use_grokfast: bool | None = None
+    """Amplify the slow part of the gradient; None does when grokfast_alpha or grokfast_lambda is given."""
     grokfast_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the slow average."""
     grokfast_lambda: Annotated[float, Field(ge=0)] | None = None

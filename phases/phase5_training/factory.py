@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,26 +14,43 @@ from torch import nn
 from torch.optim import Optimizer
 
 from phase4_bitnet.store import save_compressed_model
-from phase5_training.assembly import data_config, has_samples, loss_of, schedule_of, validator_of
+from phase5_training.assembly import (
+    data_config,
+    has_samples,
+    loop_config,
+    loss_of,
+    planned_steps,
+    schedule_of,
+    validator_of,
+)
 from phase5_training.batches import to_device
 from phase5_training.callbacks import ProgressDisplay, ReportRefresher
 from phase5_training.checkpoint import CheckpointStore, seed_everything
+from phase5_training.checks import check_optimizer, check_storable
 from phase5_training.config import TrainingConfig, check_same_run, full_signature, in_words, parse_config
 from phase5_training.defaults import grokfast_figures, rates
 from phase5_training.errors import DataError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_compile, resolve_device
+from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
+from phase5_training.modes import eval_mode
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
 from phase5_training.pipeline.scheduler import GrokfastScheduler
-from phase5_training.pipeline.training_loop import LoopConfig, LoopState, TrainingLoop
+from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
 from phase5_training.recorder import Recorder
 from phase5_training.records import RunDirectory, plain
-from phase5_training.results import TrainingResult, result_metrics, result_record
-from phase5_training.signals import stop_on_signals
+from phase5_training.results import (
+    TrainingResult,
+    check_trained,
+    end_notice,
+    result_metrics,
+    result_record,
+)
+from phase5_training.signals import stop_on_signals, stop_on_sigterm, stopped_by
 
 
 class TrainingPipeline:
@@ -62,6 +80,9 @@ class TrainingPipeline:
         self.ready = False
         self.run_directory: RunDirectory | None = None
         self.notices: list[str] = []
+        self._running = threading.Lock()
+        self._stopping = False
+        self._result: TrainingResult | None = None
 
     def register_callback(self, event: str, callback: Callback) -> None:
         """Call ``callback(index, metrics)`` at an event of the loop; see :mod:`phase5_training.events`."""
@@ -90,11 +111,12 @@ class TrainingPipeline:
             config, self._given["loss"], model=self.model, spec=self.spec, batch=first, teacher=self._teacher
         ).to(self.device)
         check_against_data(self.model, self.loss, first, self.spec, self.device)
+        check_storable(self.model, self.loss)
         validator = self._checked_validator(use_amp, amp_dtype) if self.val_loader is not None else None
-        total_steps = self._total_steps()
+        total_steps = planned_steps(config, self.train_loader)
         plan = schedule_of(config, total_steps)
         learning_rate, weight_decay = self._rates()
-        alpha, gain = grokfast_figures(config)
+        grokfast = grokfast_figures(config)
         inner = self._given_optimizer
         if isinstance(inner, str):
             inner = build_optimizer(
@@ -104,10 +126,13 @@ class TrainingPipeline:
                 weight_decay=weight_decay,
                 extra=list(self.loss.parameters()),
             )
+        else:
+            check_optimizer(inner, self.model, self.loss)
         gradient_filter = None
-        if config.use_grokfast:
-            grokfast = GrokfastConfig(alpha=alpha, lambda_reg=gain, filter=config.filter)
-            gradient_filter = GradientFilter(grokfast, plan)
+        if grokfast is not None:
+            alpha, gain = grokfast
+            figures = GrokfastConfig(alpha=alpha, lambda_reg=gain, filter=config.filter)
+            gradient_filter = GradientFilter(figures, plan)
         self.optimizer = BitNetOptimizer(
             inner,
             self.model,
@@ -122,8 +147,9 @@ class TrainingPipeline:
             update={
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
-                "grokfast_alpha": alpha if config.use_grokfast else None,
-                "grokfast_lambda": gain if config.use_grokfast else None,
+                "use_grokfast": grokfast is not None,
+                "grokfast_alpha": grokfast[0] if grokfast else None,
+                "grokfast_lambda": grokfast[1] if grokfast else None,
                 "use_amp": use_amp,
                 "compile": compiled,
                 "device": str(self.device),
@@ -135,17 +161,7 @@ class TrainingPipeline:
         self.loop = TrainingLoop(
             torch.compile(self.model) if compiled else self.model,
             self.optimizer,
-            LoopConfig(
-                epochs=config.epochs,
-                max_steps=config.max_steps,
-                max_seconds=config.max_seconds,
-                micro_batch_size=config.micro_batch_size,
-                eval_interval=config.eval_interval,
-                log_interval=config.log_interval,
-                checkpoint_interval=config.checkpoint_interval,
-                use_amp=use_amp,
-                amp_dtype=amp_dtype,
-            ),
+            loop_config(config, use_amp, amp_dtype),
             scheduler=GrokfastScheduler(self.optimizer, plan),
             validator=validator,
             early_stopping=(
@@ -176,56 +192,58 @@ class TrainingPipeline:
     def run(self) -> TrainingResult:
         """Train, and return the result; for programs without an event loop.
 
-        Ctrl-C and SIGTERM save at the next step and return with ``stop_reason="interrupted"``; a
-        second one leaves at once.
+        Called again, it returns the first result, or continues a run that was stopped.
 
         Raises:
-            RunFailed: the run could not be finished.
+            RunFailed: the run could not be finished, or nothing was learned.
+            UsageError: it is running already.
+            Interrupted, Terminated: Ctrl-C or SIGTERM came; the run has been saved, and the
+                exception holds the result. A second signal leaves at once.
         """
-        self.setup()
-        assert self.run_directory is not None
+        if not self._running.acquire(blocking=False):
+            raise UsageError("this pipeline is running already; wait for it, or make another one")
         try:
+            self.setup()
+            if self._result is not None:
+                return self._result
+            if self._stopping:
+                self.loop.stop()
             with stop_on_signals(self.loop.stop) as signals:
-                state = self.loop.train(self.train_loader, self.loss, self.val_loader)
-        except DataError as error:
-            # The call was right when it was checked: the data changed, or can be read once only.
-            raise RunFailed(str(error)) from error
-        interrupted = state.stop_reason == "interrupted"
-        if not interrupted:
-            self._finish(state)
-        result = TrainingResult(
-            success=not interrupted,
-            model=self.model.eval(),
-            metrics=result_metrics(state),
-            run_dir=self.run_directory.path,
-            stop_reason=state.stop_reason,
-            signal=signals[0] if signals else None,
-        )
-        data = {"train": self.train_loader.description()}
-        if self.val_loader is not None:
-            data["validation"] = self.val_loader.description()
-        self.run_directory.write_result(
-            result_record(result, data=data, notices=self.notices, loss=self.loss)
-        )
-        ReportRefresher(self.run_directory).refresh(state.step)
+                result = self._run()
+        finally:
+            self._stopping = False
+            self._running.release()
+        if signals:
+            raise stopped_by(signals[0], result)
         return result
 
     async def train(self) -> TrainingResult:
-        """Train in a thread, so that the event loop goes on.
+        """Set up and train in a thread, so that the event loop goes on.
 
         Raises:
-            asyncio.CancelledError: the task was cancelled; the run has been saved first.
+            asyncio.CancelledError: the task was cancelled, as Ctrl-C does; the run has been saved first.
             RunFailed: the run could not be finished, or not be saved.
+            Terminated: SIGTERM came; the run has been saved. Only where the program has no handler
+                of its own for it.
         """
-        self.setup()
-        running = asyncio.create_task(asyncio.to_thread(self.run))
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
+        with stop_on_sigterm(self.stop) as signals:
+            running = asyncio.create_task(asyncio.to_thread(self.run))
+            try:
+                result = await asyncio.shield(running)
+            except asyncio.CancelledError:
+                self.stop()
+                await asyncio.wait({running})
+                running.result()
+                raise
+        if signals:
+            raise stopped_by(signals[0], result)
+        return result
+
+    def stop(self) -> None:
+        """Ask the run to save and return at its next step; safe from another thread."""
+        self._stopping = True
+        if self.ready:
             self.loop.stop()
-            await asyncio.wait({running})
-            running.result()
-            raise
 
     # -- parts of setup ------------------------------------------------------------------------
 
@@ -264,9 +282,7 @@ class TrainingPipeline:
 
     def _rates(self) -> tuple[float, float]:
         config = self.config
-        name = self._given_optimizer if isinstance(self._given_optimizer, str) else "custom"
-        learning_rate, weight_decay = rates(name, config.use_bitnet, self.spec.task)
-        if name == "custom":
+        if not isinstance(self._given_optimizer, str):
             if config.learning_rate is not None or config.weight_decay is not None:
                 raise UsageError(
                     "learning_rate and weight_decay belong to the optimizer instance; set them there"
@@ -274,29 +290,13 @@ class TrainingPipeline:
             return self._given_optimizer.param_groups[0]["lr"], self._given_optimizer.param_groups[0].get(
                 "weight_decay", 0.0
             )
-        return (
-            learning_rate if config.learning_rate is None else config.learning_rate,
-            weight_decay if config.weight_decay is None else config.weight_decay,
-        )
-
-    def _total_steps(self) -> int:
-        config = self.config
-        try:
-            steps = config.epochs * len(self.train_loader)
-        except TypeError:
-            if config.max_steps is None:
-                raise UsageError(
-                    "the data have no length, so the run has none either; give max_steps="
-                ) from None
-            return config.max_steps
-        return min(steps, config.max_steps or steps)
+        return rates(config, self._given_optimizer)
 
     def _estimate_seconds(self, batch: Mapping[str, Any], total_steps: int) -> float:
         """Length of the run without compilation."""
-        was_training = self.model.training
         inputs = to_device(batch["input"], self.device)
-        seconds = estimate_seconds(self.model.eval(), inputs, total_steps, self.device)
-        self.model.train(was_training)
+        with eval_mode(self.model):
+            seconds = estimate_seconds(self.model, inputs, total_steps, self.device)
         return min(seconds, self.config.max_seconds or float("inf"))
 
     def _as_begun(self, config: TrainingConfig) -> TrainingConfig:
@@ -370,7 +370,46 @@ class TrainingPipeline:
             config["teacher"] = in_words(self._teacher)
         return config
 
-    # -- the end of a run ------------------------------------------------------------------------
+    # -- a run and its end -----------------------------------------------------------------------
+
+    def _run(self) -> TrainingResult:
+        try:
+            state = self.loop.train(self.train_loader, self.loss, self.val_loader)
+        except DataError as error:
+            # The call was right when it was checked: the data changed, or can be read once only.
+            raise RunFailed(str(error)) from error
+        if state.stop_reason == "interrupted":
+            return self._write_result(state, success=False)
+        try:
+            self._finish(state)
+        except RunFailed as error:
+            state.stop_reason = "failed"
+            self._write_result(state, success=False, error=str(error))
+            raise
+        self._result = self._write_result(state, success=True)
+        return self._result
+
+    def _write_result(self, state: LoopState, *, success: bool, error: str | None = None) -> TrainingResult:
+        run = self.run_directory
+        assert run is not None
+        result = TrainingResult(
+            success=success,
+            model=self.model.eval(),
+            metrics=result_metrics(state),
+            run_dir=run.path,
+            stop_reason=state.stop_reason,
+            notice=end_notice(state, self.total_steps),
+        )
+        if result.notice:
+            self.notices.append(result.notice)
+            run.append_event({"event": "notice", "text": result.notice})
+        data = {"train": self.train_loader.description()}
+        if self.val_loader is not None:
+            data["validation"] = self.val_loader.description()
+        record = result_record(result, data=data, notices=self.notices, loss=self.loss)
+        run.write_result({**record, "error": error} if error else record)
+        ReportRefresher(run).refresh(state.step)
+        return result
 
     def _finish(self, state: LoopState) -> None:
         """Return the best weights, measure them, and store the model."""
@@ -383,6 +422,7 @@ class TrainingPipeline:
                 assert self.loop.validator is not None
                 assert self.val_loader is not None
                 state.validation = self.loop.validator.run_validation(self.val_loader, self.loss)
+        check_trained(state)
         assert self.run_directory is not None
         save_compressed_model(self.model, self.run_directory.best, overwrite=True)
 
