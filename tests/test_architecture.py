@@ -22,6 +22,7 @@ LEAVES = {
         "errors",
         "events",
         "loop_state",
+        "modes",
         "outputs",
         "phases",
         "protocols",

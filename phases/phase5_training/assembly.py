@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from phase5_training.config import TrainingConfig
+from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
 from phase5_training.phases import Schedule, build_schedule
 from phase5_training.pipeline.data_loader import DataConfig
+from phase5_training.pipeline.training_loop import LoopConfig
 from phase5_training.pipeline.validation import RealTimeValidator
 
 
@@ -94,6 +96,36 @@ def schedule_of(config: TrainingConfig, total_steps: int) -> Schedule:
         )
     }
     return build_schedule(config.schedule, total_steps, **phases)
+
+
+def planned_steps(config: TrainingConfig, train_loader: Any) -> int:
+    """Optimizer steps of the whole run.
+
+    Raises:
+        UsageError: neither the data nor the options say.
+    """
+    try:
+        steps = config.epochs * len(train_loader)
+    except TypeError:
+        if config.max_steps is None:
+            raise UsageError("the data have no length, so the run has none either; give max_steps=") from None
+        return config.max_steps
+    return min(steps, config.max_steps or steps)
+
+
+def loop_config(config: TrainingConfig, use_amp: bool, amp_dtype: torch.dtype) -> LoopConfig:
+    """Lengths and intervals of a run, as the loop takes them."""
+    return LoopConfig(
+        epochs=config.epochs,
+        max_steps=config.max_steps,
+        max_seconds=config.max_seconds,
+        micro_batch_size=config.micro_batch_size,
+        eval_interval=config.eval_interval,
+        log_interval=config.log_interval,
+        checkpoint_interval=config.checkpoint_interval,
+        use_amp=use_amp,
+        amp_dtype=amp_dtype,
+    )
 
 
 def has_samples(source: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from phase5_training.errors import ForgeError, UsageError, nearest_match
 from phase5_training.flags import Parser, add_config_flags, config_values
+from phase5_training.signals import Interrupted, Terminated
 
 USAGE = """forge: train 1.58-bit networks
 
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print(f"forge: {_one_line(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
+    except (Interrupted, Terminated) as stopped:
+        _tell(stopped.result)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("forge: interrupted", file=sys.stderr)
         return 130
@@ -183,15 +187,17 @@ def _write_data(words: Sequence[str]) -> int:
 
 
 def _tell(result: Any) -> int:
-    """Print a run's result; 0, or the shell's code for the signal that interrupted it."""
+    """Print a run's result; the exit code of one that came to its end."""
     shown = {k: v for k, v in result.metrics.items() if k in _SHOWN and v is not None}
     print(f"{result.stop_reason} at step {result.metrics['steps']}: {_figures(shown)}")
     print(f"report: {result.run_dir / 'report.html'}")
+    if result.notice:
+        print(f"note: {result.notice}")
     if result.success:
         print(f"model: {result.run_dir / 'best'}")
-        return 0
-    print(f"continue with: forge resume {result.run_dir}")
-    return 128 + (result.signal or 2)
+    else:
+        print(f"continue with: forge resume {result.run_dir}")
+    return 0
 
 
 _SHOWN = (

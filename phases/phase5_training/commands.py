@@ -19,7 +19,8 @@ from phase5_training.records import RunDirectory
 from phase5_training.results import TrainingResult
 
 # What lets a complete run go on.
-EXTENDING = {"epochs", "max_steps", "max_seconds", "patience", "early_stopping"}
+PATIENCE = {"patience", "early_stopping"}
+EXTENDING = {"epochs", "max_steps", "max_seconds", *PATIENCE}
 
 
 def pipeline_from(values: Mapping[str, Any]) -> TrainingPipeline:
@@ -51,9 +52,10 @@ def resume(folder: str, overrides: Mapping[str, Any]) -> TrainingResult:
     again = "call create_training_pipeline with the same objects and auto_resume=True"
     _refuse_objects(run, values, [k for k in values if k not in overrides], again)
     result = run.read_result()
-    if result and result.get("success") and not EXTENDING & set(overrides):
+    early = result is not None and result.get("stop_reason") == "early_stop"
+    if result and result.get("success") and not (PATIENCE if early else EXTENDING) & set(overrides):
         steps = result["metrics"].get("steps")
-        more = "--patience" if result.get("stop_reason") == "early_stop" else "--epochs or --max-steps"
+        more = "--patience" if early else "--epochs or --max-steps"
         raise UsageError(
             f"{folder} is complete at step {steps} ({result['stop_reason']}); give {more} to go on"
         )

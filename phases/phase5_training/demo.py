@@ -114,8 +114,6 @@ def run_demo(output_dir: str = "runs", *, seed: int = 0, quiet: bool = False) ->
         ).run()
         rows.append(_row(title, recipe, note, result, folder=None if number == 1 else f"../{name}"))
         seconds = seconds or result.metrics["training_time_seconds"]
-        if result.stop_reason == "interrupted":
-            raise KeyboardInterrupt
         say("")
     own = RunDirectory(Path(output_dir) / RUNS[0][0])
     own.write_result({**(own.read_result() or {}), "comparison": rows})

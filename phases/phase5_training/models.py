@@ -225,7 +225,7 @@ def check_against_data(
             loss(outputs, few)
     except ForgeError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         raise UsageError(
             f"the model and its loss cannot take the data: input of shape {_shape(few['input'])} and "
             f"target of shape {_shape(few['target'])} (two samples) give {type(error).__name__}: "

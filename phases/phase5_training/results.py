@@ -1,14 +1,17 @@
 """What a run gives back, and the record of it in result.json."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from phase5_training.errors import RunFailed
+from phase5_training.loop_state import LoopState
 from phase5_training.loss_registry import Loss
 from phase5_training.models import describe_layers, describe_size
-from phase5_training.pipeline.training_loop import LoopState
+from phase5_training.phases import Phase
 from phase5_training.records import machine
 
 
@@ -23,7 +26,7 @@ class TrainingResult:
             training_time_hours, and the other figures of the last validation.
         run_dir: the run's folder.
         stop_reason: why it ended: "finished", "early_stop", "max_steps", "max_seconds", "interrupted".
-        signal: number of the signal that interrupted it, if one did.
+        notice: what the way it ended calls for, in one line; empty for nothing.
     """
 
     success: bool
@@ -31,7 +34,7 @@ class TrainingResult:
     metrics: dict[str, Any] = field(default_factory=dict)
     run_dir: Path = Path()
     stop_reason: str = ""
-    signal: int | None = None
+    notice: str = ""
 
     def to_phase6(self) -> dict[str, Any]:
         """The dictionary that the next phase takes: success, model and metrics."""
@@ -58,6 +61,36 @@ def result_metrics(state: LoopState) -> dict[str, Any]:
         if validation.get(key) is not None:
             metrics[key] = validation[key]
     return metrics
+
+
+def end_notice(state: LoopState, total_steps: int) -> str:
+    """What the way a run ended calls for, in one line; empty for nothing."""
+    if state.stop_reason != "max_seconds" or state.phase in (None, Phase.REFINEMENT):
+        return ""
+    return (
+        f"max_seconds ended the run in the {state.phase} phase of its schedule, at step {state.step} of "
+        f"{total_steps}; give the max_steps that fit in the time, or schedule='constant'"
+    )
+
+
+def check_trained(state: LoopState) -> None:
+    """Whether a run that came to its end has anything to show.
+
+    Raises:
+        RunFailed: no step was taken or all were skipped, or no finite figure came out.
+    """
+    remedy = "lower learning_rate, or check the data for huge values"
+    if not state.step:
+        raise RunFailed(f"the run ended by {state.stop_reason} before its first step; give it more")
+    if state.nonfinite >= state.step:
+        raise RunFailed(
+            f"all {state.step} steps were skipped: their loss or gradient was not finite; {remedy}"
+        )
+    if state.validation is not None and state.best_loss is None:
+        raise RunFailed(f"no validation up to step {state.step} gave a finite loss; {remedy}")
+    final = (state.validation or {}).get("loss", state.train_loss)
+    if final is None or not math.isfinite(final):
+        raise RunFailed(f"the final loss, at step {state.step}, is {final} and not a finite number; {remedy}")
 
 
 def result_record(

@@ -1,10 +1,46 @@
-"""Ctrl-C and SIGTERM as a request to save and stop."""
+"""Ctrl-C and SIGTERM as a request to save and stop, and what is raised once that is done."""
 
+import asyncio
 import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came during a run, which has been saved; ``result`` is what it gave until then."""
+
+    exit_code = 128 + signal.SIGINT
+
+    def __init__(self, result: Any) -> None:
+        super().__init__(_what_is_saved(result))
+        self.result = result
+
+
+class Terminated(SystemExit):
+    """SIGTERM came during a run, which has been saved; ``result`` is what it gave until then."""
+
+    exit_code = 128 + signal.SIGTERM
+
+    def __init__(self, result: Any) -> None:
+        super().__init__(self.exit_code)
+        self.result = result
+
+    def __str__(self) -> str:
+        return _what_is_saved(self.result)
+
+
+def stopped_by(number: int, result: Any) -> Interrupted | Terminated:
+    """What to raise after the signal ``number``, now that the run is saved."""
+    return Interrupted(result) if number == signal.SIGINT else Terminated(result)
+
+
+def _what_is_saved(result: Any) -> str:
+    if result.success:
+        return f"interrupted, and the run in {result.run_dir} is complete"
+    return f"interrupted and saved in {result.run_dir}; continue with `forge resume {result.run_dir}`"
 
 
 @contextlib.contextmanager
@@ -37,3 +73,32 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stop_on_sigterm(stop: Callable[[], None]) -> Iterator[list[int]]:
+    """The same for SIGTERM inside a running event loop, which has its own way with Ctrl-C.
+
+    Does nothing where the loop cannot handle signals, or where something handles SIGTERM already.
+
+    Yields:
+        A list that receives the number of the signal that came.
+    """
+    received: list[int] = []
+    loop = asyncio.get_running_loop()
+
+    def handle() -> None:
+        received.append(signal.SIGTERM)
+        loop.remove_signal_handler(signal.SIGTERM)
+        stop()
+
+    installed = False
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
+            loop.add_signal_handler(signal.SIGTERM, handle)
+            installed = True
+    try:
+        yield received
+    finally:
+        if installed:
+            loop.remove_signal_handler(signal.SIGTERM)

@@ -492,14 +492,116 @@ class TestResume:
         assert ticks > 5
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_saves_and_returns(self, task_files, pipeline, number, runs):
+    def test_a_signal_saves_and_raises(self, task_files, pipeline, number, runs):
         run = pipeline(net(), *task_files())
         run.register_callback("step_end", lambda step, m: os.kill(os.getpid(), number) if step == 4 else None)
-        result = run.run()
-        assert (result.success, result.stop_reason, result.signal) == (False, "interrupted", number)
-        assert result.metrics["steps"] == 4
+        wanted = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+        with pytest.raises(wanted, match=r"saved in .*run; continue with `forge resume .*run`") as raised:
+            run.run()
+        assert number == signal.SIGINT or raised.value.code == 143
+        result = raised.value.result
+        assert (result.success, result.stop_reason, result.metrics["steps"]) == (False, "interrupted", 4)
+        assert json.loads((runs / "run" / "result.json").read_text())["stop_reason"] == "interrupted"
         assert (runs / "run" / "checkpoints" / "step-00000004" / "manifest.json").is_file()
         assert not (runs / "run" / "best").exists()
+
+    def test_a_signal_at_the_end_is_raised_after_the_last_record(self, task_files, pipeline, runs):
+        run = pipeline(net(), *task_files())
+        run.register_callback("fit_end", lambda step, m: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt, match="is complete") as raised:
+            run.run()
+        assert raised.value.result.success
+        assert (runs / "run" / "best" / "manifest.json").is_file()
+        assert json.loads((runs / "run" / "result.json").read_text())["success"] is True
+
+    def test_sigterm_in_an_event_loop(self, task_files, pipeline, runs):
+        run = pipeline(net(), *task_files(), epochs=100_000)
+        run.register_callback(
+            "step_end", lambda step, m: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None
+        )
+
+        async def caught():
+            with pytest.raises(SystemExit) as raised:
+                await run.train()
+            return raised.value, signal.getsignal(signal.SIGTERM)
+
+        error, after = asyncio.run(caught())
+        assert (error.code, error.result.stop_reason) == (143, "interrupted")
+        assert after == signal.SIG_DFL
+        saved = runs / "run" / "checkpoints" / f"step-{error.result.metrics['steps']:08d}"
+        assert (saved / "manifest.json").is_file()
+
+    def test_a_program_with_its_own_sigterm_keeps_it(self, task_files, pipeline):
+        seen = []
+        run = pipeline(net(), *task_files())
+        run.register_callback(
+            "step_end", lambda step, m: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None
+        )
+
+        async def main():
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, seen.append, "own")
+            return await run.train()
+
+        assert asyncio.run(main()).success
+        assert seen == ["own"]
+
+    def test_stop_returns_and_the_next_call_goes_on(self, task_files, pipeline, weights, assert_same):
+        whole = pipeline(net(), *task_files(), experiment_name="whole").run()
+        run = pipeline(net(), *task_files())
+        run.register_callback("step_end", lambda step, m: run.stop() if step == 4 else None)
+        first = run.run()
+        assert (first.success, first.stop_reason, first.metrics["steps"]) == (False, "interrupted", 4)
+        assert run.run().success
+        assert_same(weights(whole.run_dir), weights(first.run_dir))
+
+    def test_stop_before_the_run(self, task_files, pipeline):
+        run = pipeline(net(), *task_files())
+        run.stop()
+        assert (run.run().metrics["steps"], run.run().metrics["steps"]) == (0, 15)
+
+    def test_cancelled_while_setting_up(self, task_files, pipeline, runs):
+        run, threads = pipeline(net(), *task_files(), epochs=100_000), []
+        setup = run.setup
+        run.setup = lambda: (threads.append(threading.current_thread()), setup())[1]
+
+        async def cancelled():
+            task = asyncio.create_task(run.train())
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 20)
+
+        asyncio.run(cancelled())
+        assert threads[0] is not threading.main_thread()
+        assert json.loads((runs / "run" / "result.json").read_text())["metrics"]["steps"] < 1000
+
+    def test_one_pipeline_runs_once_at_a_time(self, task_files, pipeline):
+        run = pipeline(net(), *task_files())
+
+        async def twice():
+            return await asyncio.gather(run.train(), run.train(), return_exceptions=True)
+
+        done, refused = sorted(asyncio.run(twice()), key=lambda r: isinstance(r, Exception))
+        assert (done.success, done.metrics["steps"]) == (True, 15)
+        assert isinstance(refused, UsageError)
+        assert "is running already" in str(refused)
+        assert run.run() is done  # and when it is over, the result stays
+
+    def test_a_run_that_stopped_early_stays_stopped(self, task_files, pipeline, weights, assert_same):
+        options = {"learning_rate": 0.5, "schedule": "constant", "epochs": 200, "eval_interval": 2}
+        run = pipeline(net(), *task_files(), patience=2, **options)
+        first = run.run()
+        before = weights(first.run_dir)
+        assert first.stop_reason == "early_stop"
+        assert run.run() is first
+        again = pipeline(net(), *task_files(), patience=2, auto_resume=True, **options).run()
+        timing = {"training_time_seconds", "training_time_hours"}
+        for name in set(first.metrics) - timing:
+            assert again.metrics[name] == first.metrics[name], name
+        assert again.stop_reason == "early_stop"
+        assert_same(before, weights(again.run_dir))
+        more = pipeline(net(), *task_files(), patience=6, auto_resume=True, **options).run()
+        assert more.metrics["steps"] > first.metrics["steps"]
 
     def test_batches_in_an_order_of_the_users_own(self, task_files, pipeline, assert_same, weights):
         """A DataLoader that shuffles, and a Dataset that adds noise, draw from torch's generator."""
@@ -737,6 +839,75 @@ def test_a_taken_folder_and_overwrite(task_files, pipeline, runs):
     with pytest.raises(UsageError, match="already holds a run; continue it with `forge resume"):
         pipeline(net(), *task_files()).setup()
     assert pipeline(net(), *task_files(), overwrite=True, epochs=1).run().metrics["steps"] == 5
+
+
+class TestNothingLearned:
+    def failed(self, run, match, runs):
+        with pytest.raises(RunFailed, match=match) as raised:
+            run.run()
+        record = json.loads((runs / "run" / "result.json").read_text())
+        assert (record["success"], record["stop_reason"]) == (False, "failed")
+        assert record["error"] == str(raised.value)
+        assert not (runs / "run" / "best").exists()
+
+    def broken(self, outputs, targets):
+        return nn.functional.cross_entropy(outputs, targets) * float("nan")
+
+    def test_validation_is_never_finite(self, task_files, pipeline, runs):
+        run = pipeline(net(), *task_files(), loss=self.broken, epochs=9, eval_interval=2, patience=3)
+        self.failed(run, "all 6 steps were skipped.*lower learning_rate", runs)
+        model = net()
+        model.head.register_forward_hook(lambda m, args, out: out if m.training else out * float("nan"))
+        run = pipeline(model, *task_files(), experiment_name="run", overwrite=True)
+        self.failed(run, "no validation up to step 15 gave a finite loss; lower learning_rate", runs)
+
+    def test_the_last_validation_is_not_finite(self, task_files, pipeline, runs):
+        model = net()
+        run = pipeline(model, *task_files(), early_stopping=False, eval_interval=5, epochs=2)
+        run.register_callback("eval_end", lambda step, m: model.head.bias.data.fill_(float("nan")))
+        self.failed(run, "the final loss, at step 10, is nan", runs)
+
+    def test_without_validation(self, task_files, pipeline, runs):
+        run = pipeline(net(), task_files()[0], loss=self.broken, validation_split=0, epochs=1)
+        self.failed(run, "all 5 steps were skipped", runs)
+
+    def test_no_time_for_a_step(self, task_files, pipeline, runs):
+        run = pipeline(net(), *task_files(), max_seconds=1e-9)
+        self.failed(run, "ended by max_seconds before its first step", runs)
+
+
+def test_a_run_cut_short_before_its_rates_fall_says_so(task_files, pipeline, runs, capsys):
+    from phase5_training import cli
+
+    options = {"epochs": 100_000, "max_seconds": 0.3, "validation_split": 0.3}
+    result = pipeline(net(), task_files()[0], **options).run()
+    assert result.notice.startswith("max_seconds ended the run in the warmup phase of its schedule, at step")
+    assert "give the max_steps that fit in the time, or schedule='constant'" in result.notice
+    assert result.notice in json.loads((runs / "run" / "result.json").read_text())["notices"]
+    assert cli._tell(result) == 0
+    assert f"note: {result.notice}\n" in capsys.readouterr().out
+    plain = pipeline(
+        net(), task_files()[0], experiment_name="b", schedule="constant", warmup_steps=0, **options
+    )
+    assert plain.run().notice == ""
+    assert pipeline(net(), task_files()[0], experiment_name="c", epochs=2).run().notice == ""
+
+
+def test_a_frozen_part_stays_frozen(task_files, pipeline):
+    """Also with compile="auto", which times the model in eval mode."""
+
+    class Normed(Net):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(13)
+            self.norm.eval()
+
+        def forward(self, x):
+            return super().forward(self.norm(x))
+
+    model = Normed()
+    pipeline(model, *task_files(), compile="auto", epochs=1).run()
+    assert model.norm.num_batches_tracked == 0
 
 
 def test_only_bad_steps_fail_the_run(task_files, pipeline, runs):

@@ -7,8 +7,7 @@ batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from phase5_training.errors import DataError, UsageError, nearest_match
+from phase5_training.modes import eval_mode
 from phase5_training.outputs import IGNORE_INDEX, count_units, unwrap_outputs
 
 TASKS = ("classification", "next_token", "regression", "multi_task")
@@ -103,7 +103,7 @@ class RealTimeValidator:
         sums = _Sums()
         # no_grad, not inference_mode: what a forward pass caches (rotary tables, codes) must be usable
         # in training afterwards, and inference tensors are not.
-        with _eval_mode(self.model), torch.no_grad():
+        with eval_mode(self.model), torch.no_grad():
             for batch in batches:
                 self._add(sums, _to_device(batch, self.device), loss_fn)
         return self._figures(sums)
@@ -307,18 +307,6 @@ def _regression(read: Mapping[str, list[float]], prefix: str) -> dict[str, float
         r2 = sum(1 - error / spread for error, spread in zip(squares, spreads, strict=True)) / len(squares)
     elements = rows * len(squares)
     return {"mse": sum(squares) / elements, "mae": read[f"{prefix}absolutes"][0] / elements, "r2": r2}
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, each module's own mode afterwards, also when the inside raises."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _token_nll(logits: Tensor, targets: Tensor) -> Tensor:
