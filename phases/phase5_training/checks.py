@@ -1,7 +1,5 @@
 """Whether the objects that a user hands over can be trained and saved."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -10,7 +8,7 @@ from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss
 
 
-def check_optimizer(optimizer: Any, model: nn.Module, loss: Loss) -> None:
+def check_optimizer(optimizer: Optimizer, model: nn.Module, loss: Loss) -> None:
     """Whether an optimizer instance moves what is to be trained, all of it and nothing else.
 
     Args:
@@ -19,12 +17,8 @@ def check_optimizer(optimizer: Any, model: nn.Module, loss: Loss) -> None:
         loss: the same for what it learns.
 
     Raises:
-        UsageError: it is no optimizer, holds parameters of something else, or lacks some.
+        UsageError: it holds parameters of something else, or lacks some.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise UsageError(
-            f"optimizer is a {type(optimizer).__name__}; pass a name, or a torch.optim.Optimizer instance"
-        )
     named = {f"model.{name}": p for name, p in model.named_parameters()}
     if loss.module is not None:
         named |= {f"loss.{name}": p for name, p in loss.module.named_parameters()}

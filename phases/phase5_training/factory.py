@@ -35,7 +35,7 @@ from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_comp
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
 from phase5_training.modes import eval_mode
-from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer, check_optimizer_name
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
 from phase5_training.pipeline.scheduler import GrokfastScheduler
@@ -290,6 +290,7 @@ class TrainingPipeline:
             return self._given_optimizer.param_groups[0]["lr"], self._given_optimizer.param_groups[0].get(
                 "weight_decay", 0.0
             )
+        check_optimizer_name(self._given_optimizer)
         return rates(config, self._given_optimizer)
 
     def _estimate_seconds(self, batch: Mapping[str, Any], total_steps: int) -> float:
@@ -469,6 +470,10 @@ def create_training_pipeline(
             names[key] = [str(v) for v in value]
     if isinstance(optimizer, str):
         names["optimizer"] = optimizer
+    elif not isinstance(optimizer, Optimizer):
+        raise UsageError(
+            f"optimizer is a {type(optimizer).__name__}; pass a name, or a torch.optim.Optimizer instance"
+        )
     if isinstance(loss, str):
         names["loss"] = loss
     config = parse_config(names)

@@ -53,7 +53,7 @@ class TestOptimizer:
 
     def test_that_is_none(self, pipeline, task_files):
         with pytest.raises(UsageError, match="optimizer is a Sequential; pass a name, or a torch"):
-            pipeline(net(), *task_files(), optimizer=net(), learning_rate=None).setup()
+            pipeline(net(), *task_files(), optimizer=net())
 
 
 class Remembering(nn.Sequential):
