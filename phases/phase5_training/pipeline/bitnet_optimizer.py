@@ -273,6 +273,16 @@ def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.dot(t, t) for t in flat]).double().sum().sqrt().float()
 
 
+def check_optimizer_name(name: str) -> None:
+    """Raise a UsageError that names the nearest, where ``name`` is not one of ``OPTIMIZERS``."""
+    if name not in OPTIMIZERS:
+        near = nearest_match(name, OPTIMIZERS)
+        raise UsageError(
+            f"optimizer={name!r} is not known; {f'did you mean {near!r}? ' if near else ''}"
+            f"use one of {', '.join(OPTIMIZERS)}, or an optimizer instance"
+        )
+
+
 def build_optimizer(
     name: str,
     model: nn.Module,
@@ -298,12 +308,7 @@ def build_optimizer(
     Raises:
         UsageError: an unknown name, or nothing to train.
     """
-    if name not in OPTIMIZERS:
-        near = nearest_match(name, OPTIMIZERS)
-        raise UsageError(
-            f"optimizer={name!r} is not known; {f'did you mean {near!r}? ' if near else ''}"
-            f"use one of {', '.join(OPTIMIZERS)}, or an optimizer instance"
-        )
+    check_optimizer_name(name)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
         raise UsageError("the model has no parameter with requires_grad=True; unfreeze some to train it")
