@@ -375,6 +375,7 @@ class TestInterrupt:
     def test_as_a_process(self, forge, wine, tmp_path, number, code, workers, group, weights, assert_same):
         """The real thing; with workers Ctrl-C reaches all processes, as on a terminal."""
         options = ["--model", "signaled:Model", "--epochs", "2", *FAST, "--num-workers", str(workers)]
+        options += ["--eval-interval", "2"]  # the workers that validate at step 2 are wanted again at step 4
         command = [
             sys.executable,
             "-m",

@@ -228,6 +228,17 @@ class TestLosses:
         # The loss that is reported belongs to the weights that are returned.
         assert result.metrics["final_loss"] == result.metrics["best_val_loss"]
 
+    def test_multi_task_weights_are_those_of_the_best_validation(self, pipeline, tmp_path):
+        options = {"learning_rate": 0.3, "schedule": "constant", "epochs": 100, "patience": 3}
+        run = self.multi_task(pipeline, tmp_path, **options)
+        result = run.run()
+        assert result.stop_reason == "early_stop"  # three validations after the best
+        assert result.metrics["final_loss"] == result.metrics["best_val_loss"]
+        assert (
+            run.loop.validator.run_validation(run.val_loader, run.loss)["loss"]
+            == result.metrics["final_loss"]
+        )
+
     def test_multi_task_weights_are_resumed(self, pipeline, tmp_path, assert_same):
         whole = self.multi_task(pipeline, tmp_path)
         whole.run()
@@ -353,8 +364,10 @@ class TestData:
                 seen.append(i)
                 yield batch
 
-        result = pipeline(net(), numbered(), epochs=1, max_steps=9).run()
+        again = pipeline(net(), batches, epochs=1, max_steps=5, experiment_name="again").run()
+        result = pipeline(net(), numbered(), epochs=1, max_steps=5).run()
         assert (seen, result.metrics["steps"], result.metrics["samples"]) == ([0, 1, 2, 3, 4], 5, 142)
+        assert result.metrics["final_train_loss"] == again.metrics["final_train_loss"]  # in the same order
         with pytest.raises(UsageError, match=r"the data have no length.*give max_steps="):
             pipeline(net(), numbered(), experiment_name="endless").setup()
         # Found when the run was under way: a failed run, not a mistake in the call.
@@ -682,7 +695,7 @@ class TestResume:
         first.run()
         assert first.loop.config.use_amp
         monkeypatch.setattr("phase5_training.hardware.bf16_is_faster_on_this_cpu", lambda: False)
-        monkeypatch.setattr("phase5_training.factory.rates", lambda *args: (0.5, 0.5))
+        monkeypatch.setattr("phase5_training.defaults._PEAK", {"muon": 0.5})
         again = pipeline(net(), *task_files(), auto_resume=True, **options).setup()
         assert again.loop.config.use_amp
         assert again.resolved.learning_rate == first.resolved.learning_rate
