@@ -1,7 +1,6 @@
 """Learning rates and filter figures where the user named none."""
 
 from phase5_training.config import TrainingConfig
-from phase5_training.errors import UsageError, nearest_match
 
 # Peak rates, from benchmarks/records: byte text (4-layer decoder of width 128) prefers 1e-2 to 3e-3 with
 # Muon and 5e-3 to 2e-3 with AdamW; modular arithmetic (2 layers) reaches its target soonest at 3e-3 with
@@ -23,9 +22,6 @@ def rates(config: TrainingConfig, optimizer: str) -> tuple[float, float]:
         config: learning_rate, weight_decay, schedule and acceleration_multiplier.
         optimizer: "auto", "muon", "adamw" or "sgd".
 
-    Raises:
-        UsageError: another name.
-
     Example:
         >>> rates(TrainingConfig(), "muon")
         (0.002, 0.1)
@@ -33,13 +29,6 @@ def rates(config: TrainingConfig, optimizer: str) -> tuple[float, float]:
         (0.003, 0.0)
     """
     kind = "muon" if optimizer == "auto" else optimizer
-    if kind not in _PEAK:
-        near = nearest_match(kind, ("auto", *_PEAK))
-        hint = f"did you mean {near!r}? " if near else ""
-        raise UsageError(
-            f"optimizer={optimizer!r} is not known; {hint}use one of auto, {', '.join(_PEAK)}, or an "
-            "optimizer instance"
-        )
     factor = (config.acceleration_multiplier or 5.0) if config.schedule == "phases" else 1.0
     learning_rate = _PEAK[kind] / max(1.0, factor) if config.learning_rate is None else config.learning_rate
     return learning_rate, _DECAY[kind] if config.weight_decay is None else config.weight_decay
