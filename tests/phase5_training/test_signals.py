@@ -1,10 +1,11 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from phase5_training.signals import stop_on_signals
+from phase5_training.signals import stop_on_signals, stopped_by
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -62,3 +63,18 @@ def test_does_nothing_outside_the_main_thread():
     thread.start()
     thread.join()
     assert inside == [before, []]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "code"), [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, SystemExit, 143)]
+)
+def test_what_is_raised_once_the_run_is_saved(number, kind, code):
+    for success, words in (
+        (False, "interrupted and saved in runs/a; continue with `forge resume runs/a`"),
+        (True, "interrupted, and the run in runs/a is complete"),
+    ):
+        result = SimpleNamespace(success=success, run_dir="runs/a")
+        error = stopped_by(number, result)
+        assert isinstance(error, kind)
+        assert (str(error), error.exit_code, error.result) == (words, code, result)
+    assert getattr(error, "code", code) == code
