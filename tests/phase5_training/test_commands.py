@@ -221,8 +221,9 @@ class TestResume:
         }
         first = train(None, {**wine, **options})
         assert first.stop_reason == "early_stop"
-        with pytest.raises(UsageError, match="give --patience to go on"):
-            resume(str(first.run_dir), {})
+        for overrides in ({}, {"epochs": 60}):  # more epochs change nothing for it
+            with pytest.raises(UsageError, match="give --patience to go on"):
+                resume(str(first.run_dir), overrides)
         again = resume(str(first.run_dir), {"patience": 4})
         assert again.metrics["steps"] > first.metrics["steps"]
 
