@@ -370,10 +370,10 @@ class TestInterrupt:
 
     @pytest.mark.parametrize(
         ("number", "code", "workers", "group"),
-        [(signal.SIGTERM, 143, 0, ""), (signal.SIGINT, 130, 2, "yes")],
+        [(signal.SIGTERM, 143, 0, ""), (signal.SIGINT, 130, 2, "yes"), (signal.SIGTERM, 143, 2, "yes")],
     )
     def test_as_a_process(self, forge, wine, tmp_path, number, code, workers, group, weights, assert_same):
-        """The real thing; with workers Ctrl-C reaches all processes, as on a terminal."""
+        """The real thing; with workers the signal reaches all processes, as from a terminal or a service."""
         options = ["--model", "signaled:Model", "--epochs", "2", *FAST, "--num-workers", str(workers)]
         options += ["--eval-interval", "2"]  # the workers that validate at step 2 are wanted again at step 4
         command = [
@@ -398,3 +398,21 @@ class TestInterrupt:
         assert forge("resume", "runs/part", "--quiet", "--num-workers", "0")[0] == 0
         assert forge("train", *wine, *options, "--num-workers", "0", "--experiment-name", "whole")[0] == 0
         assert_same(weights("runs/whole"), weights("runs/part"))
+
+
+def test_a_program_that_ends_with_workers_waiting_ends_at_once(tmp_path):
+    """They go on for a while after a SIGTERM, which is how Python ends the children of a program."""
+    program = textwrap.dedent(
+        """
+        import torch
+        from phase5_training import DataConfig, DataLoaderFactory
+        data = torch.utils.data.TensorDataset(torch.rand(100, 4), torch.arange(100) % 3)
+        batches = iter(DataLoaderFactory.create_loader(data, DataConfig(batch_size=4, num_workers=1)))
+        next(batches)
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(cli.__file__))}
+    command = [sys.executable, "-c", program]
+    # Less than GRACE_SECONDS, after which they end by themselves.
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=25)
+    assert (done.returncode, done.stderr) == (0, "")

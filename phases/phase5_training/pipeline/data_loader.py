@@ -7,9 +7,11 @@ run seeks to its place instead of reading its way there, and worker processes ch
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
 from phase5_training.pipeline.formats.text import make_tokenizer
 
 Split = Literal["train", "validation"]
+GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 Quarantine = Callable[[dict[str, Any]], None]
 DEFAULT_BLOCK = 256  # tokens of a training sequence cut from a stream when max_length is not set
 
@@ -254,6 +257,7 @@ class ForgeDataLoader:
                 worker_init_fn=_prepare_worker,
                 generator=generator,
             )
+            atexit.register(_let_go, weakref.ref(self._workers))
         self._pending.batches = order
         return iter(self._workers)
 
@@ -316,9 +320,20 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _let_go(workers: weakref.ref[DataLoader]) -> None:
+    """Stop workers at the end of the program by torch's own way, not by a SIGTERM that they survive."""
+    loader = workers()
+    iterator: Any = None if loader is None else loader._iterator
+    if hasattr(iterator, "_shutdown_workers"):
+        iterator._shutdown_workers()
+
+
 def _prepare_worker(worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; the run saves first, and needs its workers for that.
+    # Ctrl-C reaches every process of the terminal, and SIGTERM from a service or batch system every
+    # process of the job; the run saves first, and needs its workers for that.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
     # Its threads do not survive a fork; the library warns unless told so.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
