@@ -53,6 +53,7 @@ class ProgressDisplay:
             nothing.
         title: the experiment's name.
         total_steps: length of the run in optimizer steps, for the bar and the time left.
+        max_seconds: the run ends after this much time, when its steps have not ended it before.
         run: where to note that the display had to be turned off.
         console: where to draw; default standard output.
         interval_s: the least time between two plain log lines, in seconds.
@@ -73,6 +74,7 @@ class ProgressDisplay:
         *,
         title: str = "",
         total_steps: int | None = None,
+        max_seconds: float | None = None,
         run: RunDirectory | None = None,
         console: Console | None = None,
         interval_s: float = 2.0,
@@ -85,7 +87,7 @@ class ProgressDisplay:
         self._clock = clock
         self._console = console
         self.mode: str = _fitting_mode(console) if mode == "auto" else mode
-        self._progress = Progress(title=one_line(title, 60), total_steps=total_steps)
+        self._progress = Progress(title=one_line(title, 60), total_steps=total_steps, max_seconds=max_seconds)
         self._live: Live | None = None
         self._started = clock()
         self._last_line = self._last_frame = -math.inf

@@ -182,7 +182,9 @@ class TrainingPipeline:
         ProgressDisplay(
             mode,  # type: ignore[arg-type]
             title=self.run_directory.path.name,
-            total_steps=total_steps,
+            # A run that only its time ends has no length in steps worth showing.
+            total_steps=None if config.max_seconds and not config.max_steps else total_steps,
+            max_seconds=config.max_seconds,
             run=self.run_directory,
         ).register(self.callbacks)
         ReportRefresher(self.run_directory).register(self.callbacks)

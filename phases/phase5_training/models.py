@@ -239,8 +239,8 @@ def check_against_data(
             module.training = training
     if idle:
         warnings.warn(
-            f"{len(idle)} ternary layers were not called for two samples, {next(iter(idle))!r} first; where a "
-            "model reads a weight directly it trains in float: name those layers in float_layers",
+            f"{len(idle)} ternary layers were not called for two samples, {next(iter(idle))!r} first; where "
+            "a model reads a weight directly it trains in float: name those layers in float_layers",
             stacklevel=2,
         )
 

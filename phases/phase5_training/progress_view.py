@@ -45,6 +45,7 @@ class Progress:
     step: int = 0
     first_step: int = 0
     total_steps: int | None = None
+    max_seconds: float | None = None
     phase: str = ""
     train: Metrics = field(default_factory=dict)
     validation: Metrics = field(default_factory=dict)
@@ -91,9 +92,14 @@ class Progress:
         if is_finite(given):
             return given
         made = self.step - self.first_step
-        if not self.total_steps or made <= 0 or self.seconds <= 0 or self.ended:
+        if made <= 0 or self.seconds <= 0 or self.ended:
             return None
-        return self.seconds / made * max(0, self.total_steps - self.step)
+        ends = []
+        if self.total_steps:
+            ends.append(self.seconds / made * max(0, self.total_steps - self.step))
+        if self.max_seconds:
+            ends.append(max(0.0, self.max_seconds - self.seconds_before - self.seconds))
+        return min(ends, default=None)
 
     def steps_worded(self) -> str:
         """The step, out of how many."""

@@ -467,3 +467,11 @@ class TestSparkline:
             progress.take_loss(50_000.0 + step)
         assert len(progress.losses) <= 4096
         assert sparkline(progress.losses, 8) == "▁▂▃▄▅▆▇█"
+
+
+def test_time_left_goes_by_what_ends_the_run_first() -> None:
+    by_time = Progress(step=10, total_steps=1000, seconds=5.0, seconds_before=10.0, max_seconds=60.0)
+    assert by_time.eta() == 45.0
+    by_steps = Progress(step=10, total_steps=20, seconds=5.0, max_seconds=60.0)
+    assert by_steps.eta() == 5.0
+    assert Progress(step=10, seconds=5.0).eta() is None
