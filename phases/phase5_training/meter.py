@@ -53,7 +53,7 @@ class Meter:
 
         ``counts`` is False for a batch without a valid target, which has no loss to average.
         """
-        good = (~nonfinite & torch.as_tensor(counts, device=nonfinite.device)).double()
+        good = (~nonfinite & torch.as_tensor(counts).to(nonfinite.device, non_blocking=True)).double()
         figures = torch.cat(
             [
                 # A skipped step has no loss to average.

@@ -443,7 +443,7 @@ def _share(mean: Tensor, own: int | Tensor, total: int | Tensor) -> Tensor:
     """
     if not isinstance(own, Tensor):
         return mean if own == total else mean * (own / total)
-    own, total = own.to(mean.device), torch.as_tensor(total, device=mean.device)
+    own, total = to_device(own, mean.device), to_device(total, mean.device)
     # Without a valid target there is no mean: what stands in its place, often nan, must not count.
     return torch.where(own > 0, mean * (own / total.clamp(min=1)), 0.0)
 
