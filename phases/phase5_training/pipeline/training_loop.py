@@ -443,9 +443,10 @@ def _share(mean: Tensor, own: int | Tensor, total: int | Tensor) -> Tensor:
     """
     if not isinstance(own, Tensor):
         return mean if own == total else mean * (own / total)
-    own, total = to_device(own, mean.device), to_device(total, mean.device)
+    part: Tensor = to_device(own, mean.device)
+    whole: Tensor = to_device(torch.as_tensor(total), mean.device)
     # Without a valid target there is no mean: what stands in its place, often nan, must not count.
-    return torch.where(own > 0, mean * (own / total.clamp(min=1)), 0.0)
+    return torch.where(part > 0, mean * (part / whole.clamp(min=1)), 0.0)
 
 
 def _no_batch(loader: Any, epoch: int, epochs: int) -> str:
