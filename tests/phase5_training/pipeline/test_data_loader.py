@@ -483,7 +483,11 @@ class Batched(Pairs):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("source", [Pairs("pair"), Pairs("dict"), Pairs("hf"), Batched("pair")], ids=repr)
+@pytest.mark.parametrize(
+    "source",
+    [Pairs("pair"), Pairs("dict"), Pairs("hf"), Batched("pair")],
+    ids=["pair", "dict", "hf", "batched"],
+)
 def test_map_style_datasets(source, workers):
     loader = load(source, batch_size=6, num_workers=workers)
     index = []
