@@ -256,7 +256,7 @@ def machine() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": cores,
         "memory_gb": _memory_gb(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()} {'-'.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "device": device,
         "torch": torch.__version__,
