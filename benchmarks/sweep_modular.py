@@ -32,8 +32,8 @@ def run(
     pipeline = create_training_pipeline(
         "decoder", train, validation, experiment_name=name, output_dir=folder, overwrite=True, batch_size=512,
         epochs=100_000, max_steps=cap, eval_interval=EVERY, early_stopping=False, progress="quiet",
-        model_options={"dim": 128, "layers": 2, "heads": 4, "backward": backward}, compile=False, use_amp=False,
-        seed=seed, checkpoint_interval=100_000, log_interval=EVERY, **recipe,
+        model_options={"dim": 128, "layers": 2, "heads": 4, "backward": backward}, compile=False,
+        use_amp=False, seed=seed, checkpoint_interval=100_000, log_interval=EVERY, **recipe,
     )  # fmt: skip
     seen: list[tuple[int, float, float]] = []
 
