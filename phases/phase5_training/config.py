@@ -105,9 +105,9 @@ class TrainingConfig(BaseModel):
     optimizer: str = "auto"
     """auto, muon, adamw or sgd; auto is muon: Muon for hidden matrices, AdamW for the rest."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Base rate; None takes the measured default of the optimizer and weight bits."""
+    """Base rate; None takes the default of the optimizer."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
-    """Decoupled decay of matrices; None takes the measured default."""
+    """Decoupled decay of matrices; None takes the default of the optimizer."""
     loss: str | None = None
     """Name of the loss; None takes the task's own."""
     quantization_penalty: Annotated[float, Field(ge=0)] = 0.0
@@ -135,7 +135,7 @@ class TrainingConfig(BaseModel):
 
     # Grokfast and schedule
     use_grokfast: bool | None = None
-    """Amplify the slow part of the gradient; None does when grokfast_alpha or grokfast_lambda is given."""
+    """Amplify the slow part of the gradient; None does when a grokfast figure or another filter is given."""
     grokfast_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the slow average."""
     grokfast_lambda: Annotated[float, Field(ge=0)] | None = None

@@ -3,8 +3,9 @@
 from phase5_training.config import TrainingConfig
 
 # Peak rates, from benchmarks/records: byte text (4-layer decoder of width 128) prefers 1e-2 to 3e-3 with
-# Muon and 5e-3 to 2e-3 with AdamW; modular arithmetic (2 layers) reaches its target soonest at 3e-3 with
-# Muon and 1e-3 to 1.5e-3 with AdamW. The defaults lie between, on the side of the larger task.
+# Muon, and 5e-3 to 2e-3 with AdamW on the float model; ternary AdamW was measured at 3e-3 only. Modular
+# arithmetic (2 layers) reaches its target soonest at 3e-3 with Muon and 1e-3 to 1.5e-3 with AdamW. The
+# defaults lie between, on the side of the larger task. The figures of sgd are convention, not measured.
 _PEAK = {"muon": 1e-2, "adamw": 3e-3, "sgd": 0.1}
 _DECAY = {"muon": 0.1, "adamw": 0.1, "sgd": 1e-4}
 
@@ -13,7 +14,7 @@ PAPER_ALPHA, PAPER_LAMBDA = 0.98, 2.0
 
 
 def rates(config: TrainingConfig, optimizer: str) -> tuple[float, float]:
-    """(base learning rate, weight decay) for an optimizer: the user's figures, else the measured ones.
+    """(base learning rate, weight decay) for an optimizer: the user's figures, else the defaults above.
 
     The base rate is what the schedule multiplies. "phases" multiplies by 5 at its peak and the other
     schedules by 1, so the default divides the peak by that factor.
@@ -37,17 +38,19 @@ def rates(config: TrainingConfig, optimizer: str) -> tuple[float, float]:
 def grokfast_figures(config: TrainingConfig) -> tuple[float, float] | None:
     """(alpha, lambda) of the gradient filter, None for no filter.
 
-    It is on when ``use_grokfast`` says so, or when a figure is named; figures that are not are the
-    paper's. It is off otherwise: with tuned rates the paper's figures cost steps on every task measured
-    so far (docs/findings.md).
+    It is on when ``use_grokfast`` says so, or when a figure or a filter other than the default is named;
+    figures that are not are the paper's. It is off otherwise: with tuned rates the paper's figures cost
+    steps on every task measured so far (docs/findings.md).
 
     Example:
         >>> grokfast_figures(TrainingConfig()) is None
         True
         >>> grokfast_figures(TrainingConfig(grokfast_lambda=1.0))
         (0.98, 1.0)
+        >>> grokfast_figures(TrainingConfig(filter="ma"))
+        (0.98, 2.0)
     """
-    named = config.grokfast_alpha is not None or config.grokfast_lambda is not None
+    named = config.grokfast_alpha is not None or config.grokfast_lambda is not None or config.filter != "ema"
     if config.use_grokfast is False or (config.use_grokfast is None and not named):
         return None
     alpha = PAPER_ALPHA if config.grokfast_alpha is None else config.grokfast_alpha

@@ -117,8 +117,9 @@ def net():
         {"micro_batch_size": 4},
         {"optimizer": "adamw"},
         {"optimizer": "sgd"},
-        {"filter": "ma"},
-        {"filter": "high_pass"},
+        {"use_grokfast": True},
+        {"use_grokfast": True, "filter": "ma"},
+        {"use_grokfast": True, "filter": "high_pass"},
         {"use_grokfast": False, "gradient_clipping": False},
         {"quantization_mode": "stochastic"},
         {"weight_bits": 1},
@@ -130,7 +131,8 @@ def net():
     ids=str,
 )
 def test_no_step_waits(watch_steps, task_files, options):
-    watch_steps(net(), task_files()[0], **options)
+    run = watch_steps(net(), task_files()[0], **options)
+    assert (run.optimizer.gradient_filter is not None) == bool(options.get("use_grokfast"))
 
 
 def test_no_step_waits_with_a_teacher(watch_steps, task_files):
