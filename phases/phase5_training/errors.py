@@ -35,10 +35,10 @@ class UsageError(ForgeError, ValueError):
 
 
 class DataError(ForgeError, ValueError):
-    """A bad data file or record: exit code 2 when found before training, 1 when found during it.
+    """A bad data file or record, found before training: exit code 2.
 
-    Whoever catches it after training has begun passes 1 to the shell; the class default is the
-    value for the checks made before.
+    One that appears during training (the data changed, or can be read once only) is raised on as
+    :class:`RunFailed` by the factory, with exit code 1.
 
     >>> DataError("data.json record 3: 'input' is missing; add it or drop the record").exit_code
     2
