@@ -25,7 +25,6 @@ class LoopState:
     samples: int = 0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
-    epochs_completed: int = 0
     train_loss: float | None = None
     train_accuracy: float | None = None
     best_accuracy: float | None = None

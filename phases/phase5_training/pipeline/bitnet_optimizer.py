@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from phase4_bitnet.convert import hidden_linears
 from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layers
+from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
@@ -123,6 +124,31 @@ class BitNetOptimizer(Optimizer):
     def requantize(self) -> None:
         """Derive the codes of all layers from their latents, after the latents were changed by hand."""
         requantize_layers(self._layers)
+
+    def quantize_weights(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scale of a latent as this model's layers quantize it; changes nothing.
+
+        Args:
+            weights: floating point, any shape. The weight of a layer goes by that layer's weight_bits
+                and mode, any other tensor by those of the first ternary layer. Stochastic layers draw
+                from torch's generator.
+
+        Returns:
+            Codes int8 of the same shape, and the scale, () float32.
+
+        Example:
+            >>> from phase4_bitnet.layers import BitLinear
+            >>> layer = BitLinear(2, 2)
+            >>> optimizer = BitNetOptimizer(torch.optim.SGD(layer.parameters(), lr=1.0), layer)
+            >>> codes, scale = optimizer.quantize_weights(torch.tensor([[0.9, -0.1], [-0.5, 0.5]]))
+            >>> codes.tolist(), scale.item()
+            ([[1, 0], [-1, 1]], 0.5)
+        """
+        own = next((layer for layer in self._layers if layer.weight is weights), None)
+        layer = own if own is not None else next(iter(self._layers), None)
+        if layer is None:
+            return quantize_weight(weights)
+        return quantize_weight(weights, layer.weight_bits, layer.quantization_mode)
 
     @property  # type: ignore[override]
     def state(self) -> dict[Any, Any]:

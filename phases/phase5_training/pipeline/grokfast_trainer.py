@@ -209,6 +209,16 @@ class GrokfastTrainer:
         if self._hosted:
             optimizer.gradient_filter = self.filter
 
+    @property
+    def alpha(self) -> float:
+        """Decay of the slow average."""
+        return self.filter.config.alpha
+
+    @property
+    def lambda_reg(self) -> float:
+        """Gain of the slow average, before its warm-up and the factor of a phase."""
+        return self.filter.config.lambda_reg
+
     def get_current_phase(self) -> Phase:
         """The phase of the next step; refinement when there is no schedule."""
         return self.schedule.phase(self.step_count) if self.schedule else Phase.REFINEMENT

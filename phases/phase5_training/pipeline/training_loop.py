@@ -159,7 +159,7 @@ class TrainingLoop:
                 # An interrupted run goes on later: its figures must come as if it had not stopped.
                 self._log_if_due(force=True)
                 self._validate(val_loader)
-            self.save()
+            self.save_checkpoint()
         finally:
             # Here and not at the start: a stop that came before the first step counts.
             self._stop = False
@@ -183,6 +183,25 @@ class TrainingLoop:
             self._modes = {m: m.training for m in self.module.modules()}
         for module, training in self._modes.items():
             module.training = training
+
+    def validate(self, val_loader: Iterable[Batch], loss_fn: Callable[..., Tensor]) -> dict[str, Any]:
+        """The validator's figures of a set; model, early stopping and best weights stay as they are.
+
+        Args:
+            val_loader: batches.
+            loss_fn: as for :meth:`train`.
+
+        Returns:
+            What :meth:`RealTimeValidator.run_validation` returns.
+
+        Raises:
+            UsageError: the loop has no validator.
+        """
+        if self.validator is None:
+            raise UsageError(
+                "the loop was made without a validator; make it with validator=RealTimeValidator(model)"
+            )
+        return self.validator.run_validation(val_loader, loss_fn)
 
     def stop(self) -> None:
         """Ask the loop to save and return at the next step boundary; safe from another thread."""
@@ -319,7 +338,7 @@ class TrainingLoop:
         if step % config.eval_interval == 0:
             self._validate(val_loader)
         if config.checkpoint_interval and step % config.checkpoint_interval == 0:
-            self.save()
+            self.save_checkpoint()
 
     def _limit_reached(self) -> bool:
         state, config = self.state, self.config
@@ -339,7 +358,6 @@ class TrainingLoop:
         for key, value in (state.validation or {}).items():
             metrics[f"val_{key}"] = value
         state.epoch, state.batch = state.epoch + 1, 0
-        state.epochs_completed = state.epoch
         self.callbacks.fire(Event.EPOCH_END, state.epoch - 1, metrics)
 
     def _announce_phase(self) -> None:
@@ -419,7 +437,7 @@ class TrainingLoop:
             metrics = {"step": state.step, "monitor": rule.monitor, "best": rule.best}
             self.callbacks.fire(Event.EARLY_STOP, state.step, metrics)
 
-    def save(self) -> Path | None:
+    def save_checkpoint(self) -> Path | None:
         """Write a checkpoint of this step, unless it has one."""
         state = self.state
         if self.checkpoints is None or state.saved_step == state.step:

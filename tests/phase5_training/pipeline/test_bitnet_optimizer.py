@@ -45,6 +45,34 @@ def test_codes_are_those_of_the_weights_after_the_step():
     assert not torch.equal(before, model[1].codes)
 
 
+@pytest.mark.parametrize("bits", [1.58, 1])
+def test_quantize_weights_is_what_the_layers_do(bits):
+    model = model_of(weight_bits=bits)
+    optimizer = BitNetOptimizer(sgd(model), model)
+    latent = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    before = latent.clone()
+    codes, scale = optimizer.quantize_weights(latent)
+    wanted, _ = bitnet.ternary(latent.numpy()) if bits == 1.58 else (np.where(latent < 0, -1, 1), None)
+    assert np.array_equal(codes.numpy(), wanted)
+    assert codes.dtype == torch.int8
+    assert scale.item() == pytest.approx(latent.double().abs().mean().item(), rel=1e-3)
+    assert torch.equal(latent, before)
+    for own, layer in zip(
+        optimizer.quantize_weights(model[1].weight), (model[1].codes, model[1].scale), strict=True
+    ):
+        assert torch.equal(own, layer)
+
+
+def test_quantize_weights_goes_by_the_layer_of_the_weight():
+    model = nn.Sequential(BitLinear(8, 8), BitLinear(8, 8, weight_bits=1))
+    optimizer = BitNetOptimizer(sgd(model), model)
+    assert (optimizer.quantize_weights(model[0].weight)[0] == 0).any()
+    assert not (optimizer.quantize_weights(model[1].weight)[0] == 0).any()
+    plain = nn.Linear(8, 8)
+    codes, _ = BitNetOptimizer(sgd(plain), plain).quantize_weights(torch.tensor([1.0, 0.1, -1.0]))
+    assert codes.tolist() == [1, 0, -1]
+
+
 def test_codes_are_derived_once_a_step(monkeypatch):
     from phase4_bitnet import layers
 

@@ -85,8 +85,24 @@ def record(registry):
 def test_trains_to_a_low_loss():
     loop = make_loop(epochs=30)
     state = loop.train(Loader(), cross_entropy, Loader(seed=0))
-    assert (state.step, state.epochs_completed, state.stop_reason) == (180, 30, "finished")
+    assert (state.step, state.epoch, state.stop_reason) == (180, 30, "finished")
     assert state.validation["accuracy"] > 0.9
+
+
+def test_validate_measures_and_changes_nothing():
+    loop = make_loop(early=EarlyStopping(patience=1))
+    before = copy.deepcopy(loop.state_dict())
+    figures = loop.validate(Loader(), cross_entropy)
+    assert figures == RealTimeValidator(loop.module).run_validation(Loader(), cross_entropy)
+    assert loop.early_stopping.best is None
+    assert loop.state.validation is None
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(before["model"].values(), loop.module.state_dict().values(), strict=True)
+    )
+    loop.validator = None
+    with pytest.raises(UsageError, match=r"without a validator; make it with validator="):
+        loop.validate(Loader(), cross_entropy)
 
 
 def test_events_fire_in_the_order_of_the_picture(tmp_path):
