@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from phase4_bitnet.architectures import REGISTRY, TernaryConfig, build_model
 from phase4_bitnet.convert import convert_model_to_bitnet
 from phase4_bitnet.layers import TernaryWeight, ternary_layers
+from phase4_bitnet.packing import packed_bytes
 from phase4_bitnet.store import load_compressed_model, session_folder
 from phase5_training.batches import rows_of, to_device
 from phase5_training.config import TrainingConfig
 from phase5_training.errors import ForgeError, UsageError, nearest_match
 from phase5_training.loss_registry import Loss
+from phase5_training.modes import eval_mode
 from phase5_training.outputs import unwrap_outputs
 
 
@@ -209,16 +211,16 @@ def check_against_data(
             f"(0 to {embedding.num_embeddings - 1}); build it with vocab_size={top + 1}"
         )
     few = to_device(rows_of(batch, slice(2)), device)
-    modes = {m: m.training for m in model.modules()}
-    generator = torch.get_rng_state()
+    devices = []
+    if device.type == "cuda":
+        devices = [torch.cuda.current_device() if device.index is None else device.index]
     idle = dict(ternary_layers(model))
     watching = [
         layer.register_forward_pre_hook(lambda module, inputs, name=name: idle.pop(name, None) and None)
         for name, layer in idle.items()
     ]
     try:
-        model.eval()
-        with torch.no_grad():
+        with torch.random.fork_rng(devices), eval_mode(model), torch.no_grad():
             outputs = model(few["input"])
             if loss.kind != "custom":  # a loss of one's own may want outputs of any shape
                 _check_outputs(unwrap_outputs(outputs, few["target"]), few["target"], spec)
@@ -232,11 +234,8 @@ def check_against_data(
             f"{(str(error).splitlines() or [''])[0]}"
         ) from error
     finally:
-        torch.set_rng_state(generator)
         for hook in watching:
             hook.remove()
-        for module, training in modes.items():
-            module.training = training
     if idle:
         warnings.warn(
             f"{len(idle)} ternary layers were not called for two samples, {next(iter(idle))!r} first; where "
@@ -312,18 +311,17 @@ def describe_layers(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def describe_size(model: nn.Module) -> dict[str, Any]:
-    """Parameters, and megabytes in float32 and with ternary layers packed 2 bits a weight."""
+    """Parameters, and megabytes in float32 and with ternary layers packed 2 bits a weight, rows padded."""
     total = sum(p.numel() for p in model.parameters())
-    ternary = sum(
-        {id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, TernaryWeight)}.values()
-    )
-    packed_bytes = (total - ternary) * 4 + ternary / 4
+    latents = {id(m.weight): m.weight for m in model.modules() if isinstance(m, TernaryWeight)}.values()
+    ternary = sum(w.numel() for w in latents)
+    packed = (total - ternary) * 4 + sum(packed_bytes(w.shape) for w in latents)
     return {
         "class": type(model).__name__,
         "parameters": total,
         "ternary_parameters": ternary,
         "float_mb": total * 4 / 1e6,
-        "packed_mb": packed_bytes / 1e6,
+        "packed_mb": packed / 1e6,
     }
 
 

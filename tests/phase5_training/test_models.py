@@ -1,3 +1,4 @@
+import contextlib
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -232,6 +233,33 @@ class TestCheckAgainstData:
         assert torch.equal(state, torch.get_rng_state())
 
     @pytest.mark.parametrize(
+        ("device", "kept"), [("cpu", []), ("cuda:1", [1]), ("cuda", [3])], ids=["cpu", "cuda:1", "cuda"]
+    )
+    def test_keeps_the_generator_of_the_device(self, monkeypatch, device, kept):
+        seen = []
+
+        def fork(devices):
+            seen.append(list(devices))
+            return contextlib.nullcontext()
+
+        monkeypatch.setattr(torch.random, "fork_rng", fork)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr("phase5_training.models.to_device", lambda value, device: value)
+        model = net()
+        batch = {"input": torch.randn(4, 4), "target": torch.tensor([0, 1, 2, 0])}
+        check_against_data(model, build_loss("cross_entropy"), batch, FEATURES, torch.device(device))
+        assert seen == [kept]
+
+    @pytest.mark.cuda
+    def test_leaves_the_generator_of_a_gpu_as_it_was(self):
+        device = torch.device("cuda")
+        model = nn.Sequential(net(), Fn(lambda x: x + torch.randn_like(x))).to(device)
+        state = torch.cuda.get_rng_state()
+        batch = {"input": torch.randn(4, 4), "target": torch.tensor([0, 1, 2, 0])}
+        check_against_data(model, build_loss("cross_entropy"), batch, FEATURES, device)
+        assert torch.equal(state, torch.cuda.get_rng_state())
+
+    @pytest.mark.parametrize(
         ("model", "message"),
         [
             (
@@ -321,6 +349,9 @@ def test_descriptions():
     assert size["parameters"] == 4 * 8 + 8 + 8 * 8 + 8 + 8 * 3 + 3
     assert size["ternary_parameters"] == 4 * 8 + 8 * 8
     assert size["packed_mb"] == pytest.approx(((8 + 8 + 8 * 3 + 3) * 4 + 96 / 4) / 1e6)
+    # Rows of 9 codes take 3 bytes each, not 2.25.
+    odd = prepare(nn.Sequential(nn.Linear(9, 8, bias=False), nn.Linear(8, 3, bias=False)))
+    assert describe_size(odd)["packed_mb"] == pytest.approx((8 * 3 * 4 + 8 * 3) / 1e6)
 
 
 def test_a_ternary_layer_whose_weight_is_read_past_its_forward_is_named():
