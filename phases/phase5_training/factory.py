@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from phase4_bitnet.layers import ternary_layers
 from phase4_bitnet.store import save_compressed_model
 from phase5_training.assembly import (
     data_config,
@@ -417,14 +418,15 @@ class TrainingPipeline:
     def _finish(self, state: LoopState) -> None:
         """Return the best weights, measure them, and store the model."""
         self.optimizer.release()
+        # Stochastic layers were validated with drawn codes and are handed on with the nearest ones.
+        measure = any(m.quantization_mode == "stochastic" for _, m in ternary_layers(self.model))
         if self.config.early_stopping and self.loop.best_weights is not None:
             self.model.load_state_dict(self.loop.best_weights)
             if self.loop.best_loss_state:
                 self.loss.load_state_dict(self.loop.best_loss_state)
-            if state.validated_step != self.loop.early_stopping.best_step:  # type: ignore[union-attr]
-                assert self.loop.validator is not None
-                assert self.val_loader is not None
-                state.validation = self.loop.validator.run_validation(self.val_loader, self.loss)
+            measure |= state.validated_step != self.loop.early_stopping.best_step  # type: ignore[union-attr]
+        if measure and self.loop.validator is not None and self.val_loader is not None:
+            state.validation = self.loop.validator.run_validation(self.val_loader, self.loss)
         check_trained(state)
         assert self.run_directory is not None
         save_compressed_model(self.model, self.run_directory.best, overwrite=True)

@@ -702,6 +702,20 @@ class TestResume:
 
 
 class TestBestWeights:
+    @pytest.mark.parametrize("early", [False, True])
+    def test_stochastic_rounding_reports_the_model_that_is_returned(self, task_files, pipeline, early):
+        """Drawn codes were validated; the nearest are returned and stored, so those are measured."""
+        train, val = task_files()
+        run = pipeline(
+            net(), train, val, quantization_mode="stochastic", early_stopping=early, eval_interval=4
+        )  # fmt: skip
+        result = run.run()
+        batches = [(b["input"], b["target"]) for b in run.val_loader]
+        x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(result.model(x), y)
+        assert result.metrics["final_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
     def test_early_stopping_returns_the_best(self, task_files, pipeline, rows):
         # A rate far too high: the figures go up and down.
         run = pipeline(
