@@ -31,6 +31,9 @@ def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
         max_length=config.max_length,
         tokenizer=config.tokenizer,
         task=config.task,
+        invalid_records=config.invalid_records,
+        input_kind=config.input_kind,
+        pad_id=config.pad_id,
     )
 
 

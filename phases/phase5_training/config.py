@@ -94,6 +94,12 @@ class TrainingConfig(BaseModel):
     """Longest text in tokens, and the block length of token streams."""
     tokenizer: str = "bytes"
     """bytes, or the path of a tokenizer.json."""
+    invalid_records: Literal["fail", "drop"] = "fail"
+    """fail stops at the first bad record; drop leaves bad records out and lists them in quarantine.jsonl."""
+    input_kind: Literal["auto", "features", "tokens"] = "auto"
+    """What lists of whole numbers are; auto takes them for tokens."""
+    pad_id: Annotated[int, Field(ge=0)] | None = None
+    """Token that pads lists of token ids of different lengths; None refuses such lists."""
 
     # Training
     epochs: Positive = 100

@@ -178,12 +178,14 @@ def _options_from_data(name: str, config: TrainingConfig, spec: Any) -> dict[str
     fixed = spec.input_shape[0] if spec.input_shape else None
     longest = fixed or spec.max_length or config.max_length or 256
     kind = {"class": "num_classes", "float": "num_outputs"}.get(spec.target_kind)
+    # Padding is a token that the model is given, whether or not the data hold it.
+    pad_id = spec.pad_id if spec.ragged else None
     return {
         **options,
-        "vocab_size": max(spec.vocab_size or 1, (spec.max_token or 0) + 1),
+        "vocab_size": max(spec.vocab_size or 1, (spec.max_token or 0) + 1, (pad_id or 0) + 1),
         # Batches are padded to a multiple of 8.
         "max_length": -(-longest // 8) * 8,
-        "pad_id": spec.pad_id if spec.ragged else None,
+        "pad_id": pad_id,
         **({kind: outputs} if kind else {}),
     }
 

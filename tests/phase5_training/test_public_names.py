@@ -24,7 +24,7 @@ checkpoint_saved epoch_end fit_end
 OPTIONS = """
 model model_options train_data_path val_data_path experiment_name output_dir overwrite auto_resume
 task batch_size micro_batch_size num_workers cache_size streaming quality_threshold validation_split
-shuffle drop_last max_length tokenizer
+shuffle drop_last max_length tokenizer invalid_records input_kind pad_id
 epochs max_steps max_seconds optimizer learning_rate weight_decay loss quantization_penalty
 label_smoothing distillation_temperature distillation_alpha seed
 use_bitnet weight_bits quantization_mode activation_bits float_layers
