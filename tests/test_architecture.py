@@ -1,6 +1,7 @@
 """Holds the shape of the house: imports point one way, one spelling, short modules, telling names.
 
-The layers, from the top: cli -> factory -> the parts (pipeline/*, callbacks, report, ...) -> the leaves.
+The layers, from the top: cli -> commands -> factory -> the parts (pipeline/*, callbacks, report, ...) ->
+the leaves.
 """
 
 import ast

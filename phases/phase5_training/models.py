@@ -207,9 +207,12 @@ def check_against_data(
     """
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     top = spec.max_token if spec.input_kind == "tokens" else None
+    what = f"the data hold token {top}"
+    if top is not None and spec.ragged and (spec.pad_id or 0) > top:
+        top, what = spec.pad_id, f"padding is token {spec.pad_id}"
     if embedding is not None and top is not None and top >= embedding.num_embeddings:
         raise UsageError(
-            f"the data hold token {top} and the model embeds {embedding.num_embeddings} tokens "
+            f"{what} and the model embeds {embedding.num_embeddings} tokens "
             f"(0 to {embedding.num_embeddings - 1}); build it with vocab_size={top + 1}"
         )
     few = to_device(rows_of(batch, slice(2)), device)

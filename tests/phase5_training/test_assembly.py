@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from phase5_training.assembly import data_config
 from phase5_training.config import TrainingConfig
@@ -69,3 +70,8 @@ def test_token_lists_of_different_lengths_need_a_pad_id(pipeline, tmp_path):
         pipeline("decoder", path, **small).setup()
     run = pipeline("decoder", path, pad_id=9, **small).setup()
     assert any((batch["input"] == 9).any() for batch in run.train_loader)
+    own = nn.Sequential(nn.Embedding(6, 8), nn.Flatten(), nn.LazyLinear(2))
+    with pytest.raises(
+        UsageError, match=r"^padding is token 9 and the model embeds 6 tokens .*vocab_size=10"
+    ):
+        pipeline(own, path, pad_id=9, use_bitnet=False, experiment_name="own").setup()
