@@ -13,7 +13,7 @@ from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, inf
 from phase5_training.phases import Schedule, build_schedule
 from phase5_training.pipeline.data_loader import DataConfig
 from phase5_training.pipeline.training_loop import LoopConfig
-from phase5_training.pipeline.validation import RealTimeValidator
+from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
 
 
 def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
@@ -84,6 +84,22 @@ def loss_of(
         temperature=config.distillation_temperature,
         alpha=config.distillation_alpha,
     )
+
+
+def monitor_of(config: TrainingConfig, task: str, loss: Loss) -> str:
+    """The figure that decides which weights are best: the one named, else accuracy or the loss.
+
+    Accuracy for classification: a network that is sure of itself gets a higher loss from the same number
+    of mistakes, and stopping on that returns the worse classifier.
+    """
+    if config.monitor is not None:
+        return config.monitor
+    return "accuracy" if task == "classification" and loss.kind == "classification" else "loss"
+
+
+def early_stopping_of(config: TrainingConfig, monitor: str) -> EarlyStopping:
+    """The rule of a run; without early stopping it never stops and still knows the best."""
+    return EarlyStopping(config.patience if config.early_stopping else None, monitor)
 
 
 def schedule_of(config: TrainingConfig, total_steps: int) -> Schedule:

@@ -89,6 +89,11 @@ def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], *,
         else:
             os.rename(temporary, folder)
         _sync(folder.parent)
+    except SafetensorError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"{folder} cannot be written ({error}); free space, or choose another output_dir"
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -72,7 +72,7 @@ class TrainingConfig(BaseModel):
     # Data
     task: Literal["classification", "next_token", "regression", "multi_task"] | None = None
     """What is learned; None infers it from the targets."""
-    batch_size: Positive = 32
+    batch_size: Annotated[int, Field(ge=1, le=2**31)] = 32
     """Samples per optimizer step."""
     micro_batch_size: Positive | None = None
     """Samples per forward; smaller ones take less memory and give the same gradient."""
@@ -124,7 +124,7 @@ class TrainingConfig(BaseModel):
     """Softness of the teacher's targets."""
     distillation_alpha: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Share of the teacher in the distillation loss."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of weights, order of data, dropout and stochastic rounding."""
 
     # BitNet
@@ -182,8 +182,8 @@ class TrainingConfig(BaseModel):
     """Stop when validation no longer improves, and return the best weights."""
     patience: Positive = 5
     """Validations without improvement before stopping."""
-    monitor: str = "loss"
-    """Validation figure that decides which weights are best."""
+    monitor: str | None = None
+    """Validation figure that decides which weights are best; None is accuracy for classes, else loss."""
     checkpoint_interval: Positive = 1000
     """Steps between checkpoints; one more at the end."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2

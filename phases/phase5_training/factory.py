@@ -17,9 +17,11 @@ from phase4_bitnet.layers import ternary_layers
 from phase4_bitnet.store import save_compressed_model
 from phase5_training.assembly import (
     data_config,
+    early_stopping_of,
     has_samples,
     loop_config,
     loss_of,
+    monitor_of,
     planned_steps,
     schedule_of,
     validator_of,
@@ -41,7 +43,7 @@ from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
 from phase5_training.pipeline.scheduler import GrokfastScheduler
 from phase5_training.pipeline.training_loop import TrainingLoop
-from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
+from phase5_training.pipeline.validation import RealTimeValidator
 from phase5_training.recorder import Recorder
 from phase5_training.records import RunDirectory, plain
 from phase5_training.results import (
@@ -143,6 +145,7 @@ class TrainingPipeline:
         seconds = self._estimate_seconds(first, total_steps) if config.compile == "auto" else None
         compiled, why = resolve_compile(config.compile, self.device, seconds)
         self.notices.append(f"model {'compiled' if compiled else 'not compiled'}: {why}")
+        monitor = monitor_of(config, self.spec.task, self.loss)
         self.run_directory = self._open_run()
         self.resolved = config.model_copy(
             update={
@@ -154,6 +157,7 @@ class TrainingPipeline:
                 "use_amp": use_amp,
                 "compile": compiled,
                 "device": str(self.device),
+                "monitor": monitor,
                 "experiment_name": self.run_directory.path.name,
                 "overwrite": False,
                 "auto_resume": False,
@@ -165,11 +169,7 @@ class TrainingPipeline:
             loop_config(config, use_amp, amp_dtype),
             scheduler=GrokfastScheduler(self.optimizer, plan),
             validator=validator,
-            early_stopping=(
-                EarlyStopping(config.patience if config.early_stopping else None, config.monitor)
-                if self.val_loader is not None
-                else None
-            ),
+            early_stopping=early_stopping_of(config, monitor) if validator is not None else None,
             checkpoints=CheckpointStore(folder=self.run_directory.checkpoints, keep=config.keep_checkpoints),
             callbacks=self.callbacks,
             device=self.device,
@@ -279,8 +279,8 @@ class TrainingPipeline:
                 check_against_data(self.model, self.loss, loader.first(), loader.spec, self.device)
             except UsageError as error:
                 raise UsageError(f"validation data: {error}") from error
-        if config.monitor != "loss":
-            check_monitor(config.monitor, validator.validate_step(loader.first(), self.loss))
+        if config.monitor not in (None, "loss"):
+            check_monitor(str(config.monitor), validator.validate_step(loader.first(), self.loss))
         return validator
 
     def _rates(self) -> tuple[float, float]:

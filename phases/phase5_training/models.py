@@ -24,6 +24,9 @@ from phase5_training.loss_registry import Loss
 from phase5_training.modes import eval_mode
 from phase5_training.outputs import unwrap_outputs
 
+# More classes than any real data set has: the labels are identifiers, not classes.
+MAX_CLASSES = 1_000_000
+
 
 def prepare_model(given: nn.Module | Mapping[str, Any] | str, config: TrainingConfig, spec: Any) -> nn.Module:
     """The model to train, ternary where the configuration says so.
@@ -67,7 +70,8 @@ def prepare_model(given: nn.Module | Mapping[str, Any] | str, config: TrainingCo
             activation_bits=config.activation_bits,
         )
     except ValueError as error:
-        raise UsageError(f"{error}, or use_bitnet=False to train it in float") from None
+        advice = str(error).replace("skip=()", "float_layers=[]").replace("skip=", "float_layers=")
+        raise UsageError(f"{advice}, or use_bitnet=False to train it in float") from None
 
 
 def _with_mode(model: nn.Module, config: TrainingConfig) -> nn.Module:
@@ -157,6 +161,11 @@ def _options_from_data(name: str, config: TrainingConfig, spec: Any) -> dict[str
     outputs = None
     if spec.target_kind == "class":
         outputs = max(2, spec.num_classes)
+        if outputs > MAX_CLASSES:
+            raise UsageError(
+                f"labels go up to {outputs - 1}, more than {MAX_CLASSES} classes; number the labels from 0, or "
+                "pass a model of your own"
+            )
     elif spec.target_kind == "float":
         outputs = math.prod(spec.target_shape) or 1
     elif spec.target_kind == "multi":

@@ -79,7 +79,10 @@ class Progress:
         figure = metrics.get(column)
         if not is_finite(figure):
             return False
-        if self.best is not None and self.best[0] == column:
+        kept = metrics.get("improved")
+        if kept is False:  # the run goes by another figure, and these weights are not kept
+            return False
+        if kept is None and self.best is not None and self.best[0] == column:
             so_far = self.best[1]
             if figure <= so_far if column == "accuracy" else figure >= so_far:
                 return False

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from phase5_training.assembly import data_config
+from phase5_training.assembly import data_config, monitor_of
 from phase5_training.config import TrainingConfig
 from phase5_training.errors import DataError, UsageError
+from phase5_training.loss_registry import build_loss
 from phase5_training.pipeline.data_loader import DataConfig
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -75,3 +76,17 @@ def test_token_lists_of_different_lengths_need_a_pad_id(pipeline, tmp_path):
         UsageError, match=r"^padding is token 9 and the model embeds 6 tokens .*vocab_size=10"
     ):
         pipeline(own, path, pad_id=9, use_bitnet=False, experiment_name="own").setup()
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "named", "expected"),
+    [
+        ("classification", "classification", None, "accuracy"),
+        ("classification", "classification", "loss", "loss"),
+        ("next_token", "next_token", None, "loss"),
+        ("regression", "mse", None, "loss"),
+        ("classification", lambda outputs, targets: outputs.sum(), None, "loss"),
+    ],
+)
+def test_accuracy_decides_for_classes_unless_another_figure_is_named(task, loss, named, expected):
+    assert monitor_of(TrainingConfig(monitor=named), task, build_loss(loss)) == expected

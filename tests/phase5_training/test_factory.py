@@ -721,6 +721,7 @@ class TestBestWeights:
         run = pipeline(
             net(),
             *task_files(),
+            monitor="loss",
             learning_rate=0.5,
             schedule="constant",
             epochs=200,

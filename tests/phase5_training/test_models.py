@@ -1,6 +1,7 @@
 import contextlib
 import sys
 import textwrap
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -101,7 +102,7 @@ class TestPrepare:
             prepare(build_model("mlp", in_features=4, num_outputs=3), **options)
 
     def test_nothing_to_convert_names_both_ways_out(self):
-        with pytest.raises(UsageError, match=r"skip=\(\).*or use_bitnet=False to train it in float"):
+        with pytest.raises(UsageError, match=r"float_layers=\[\].*or use_bitnet=False to train it in float"):
             prepare(nn.Sequential(nn.Linear(4, 3)))
 
     def test_a_folder_or_session_that_was_saved(self, tmp_path, monkeypatch):
@@ -368,3 +369,9 @@ def test_a_ternary_layer_whose_weight_is_read_past_its_forward_is_named():
     with pytest.warns(UserWarning, match="1 ternary layers .* 'qkv' first"):
         check_against_data(model, build_loss("cross_entropy"), batch, FEATURES, CPU)
     assert not model.used._forward_pre_hooks
+
+
+def test_identifiers_as_labels_are_refused_before_anything_is_allocated():
+    spec = replace(FEATURES, num_classes=10**12 + 1, label_range=(0, 10**12))
+    with pytest.raises(UsageError, match=r"labels go up to 1000000000000.*number the labels from 0"):
+        prepare_model("mlp", parse_config({}), spec)
