@@ -163,7 +163,7 @@ def _options_from_data(name: str, config: TrainingConfig, spec: Any) -> dict[str
         outputs = max(2, spec.num_classes)
         if outputs > MAX_CLASSES:
             raise UsageError(
-                f"labels go up to {outputs - 1}, more than {MAX_CLASSES} classes; number the labels from 0, or "
+                f"labels go up to {outputs - 1}, over {MAX_CLASSES} classes; number the labels from 0, or "
                 "pass a model of your own"
             )
     elif spec.target_kind == "float":
