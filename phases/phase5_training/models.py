@@ -22,7 +22,7 @@ from phase5_training.config import TrainingConfig
 from phase5_training.errors import ForgeError, UsageError, nearest_match
 from phase5_training.loss_registry import Loss
 from phase5_training.modes import eval_mode
-from phase5_training.outputs import unwrap_outputs
+from phase5_training.outputs import IGNORE_INDEX, unwrap_outputs
 
 # More classes than any real data set has: the labels are identifiers, not classes.
 MAX_CLASSES = 1_000_000
@@ -223,6 +223,11 @@ def check_against_data(
         raise UsageError(
             f"{what} and the model embeds {embedding.num_embeddings} tokens "
             f"(0 to {embedding.num_embeddings - 1}); build it with vocab_size={top + 1}"
+        )
+    if spec.task == "next_token" and bool((batch["target"] == IGNORE_INDEX).all()):
+        raise UsageError(
+            "no sample of the first batch has a token to predict: where records have text targets only those "
+            "are learned, and here max_length cuts them off; raise max_length, or leave out the targets"
         )
     few = to_device(rows_of(batch, slice(2)), device)
     devices = []

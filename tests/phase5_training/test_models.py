@@ -375,3 +375,10 @@ def test_identifiers_as_labels_are_refused_before_anything_is_allocated():
     spec = replace(FEATURES, num_classes=10**12 + 1, label_range=(0, 10**12))
     with pytest.raises(UsageError, match=r"labels go up to 1000000000000.*number the labels from 0"):
         prepare_model("mlp", parse_config({}), spec)
+
+
+def test_nothing_to_predict_is_refused_with_the_remedy():
+    model = build_model("decoder", vocab_size=256, dim=16, layers=1, heads=2, max_length=24)
+    batch = {"input": torch.ones(2, 8, dtype=torch.long), "target": torch.full((2, 8), -100)}
+    with pytest.raises(UsageError, match="raise max_length, or leave out the targets"):
+        check_against_data(model, build_loss("next_token"), batch, TOKENS, CPU)
