@@ -280,7 +280,12 @@ class TestCheckAgainstData:
 
     def test_regression_outputs(self):
         spec = SimpleNamespace(
-            input_kind="features", target_kind="float", label_range=None, max_token=None, targets={}
+            task=None,
+            input_kind="features",
+            target_kind="float",
+            label_range=None,
+            max_token=None,
+            targets={},
         )
         batch = {"input": torch.randn(5, 4), "target": torch.randn(5)}
         self.check(net(outputs=1), batch, spec, "mse")
@@ -295,6 +300,7 @@ class TestCheckAgainstData:
 
     def test_several_targets(self):
         spec = SimpleNamespace(
+            task=None,
             input_kind="features", target_kind="multi", max_token=None,
             targets={"a": TargetSpec(kind="class", label_range=(0, 4)), "b": TargetSpec(kind="float")},
         )  # fmt: skip
