@@ -260,42 +260,34 @@ def _autocast_dtype(device: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-class BitConv1d(TernaryWeight, nn.Conv1d):
-    """A 1-d convolution with 1.58-bit weights and float activations (weight-only)."""
+class _WeightOnly(TernaryWeight):
+    """The constructor of layers that are a torch layer with ternary weights and nothing more."""
 
     def __init__(
         self, *args: Any, weight_bits: float = 1.58, quantization_mode: str = "deterministic", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.init_codes(weight_bits, quantization_mode)
+
+
+class BitConv1d(_WeightOnly, nn.Conv1d):
+    """A 1-d convolution with 1.58-bit weights and float activations (weight-only)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (batch, channels, length)."""
         return self._conv_forward(x, self.ternary_weight(), self.bias)
 
 
-class BitConv2d(TernaryWeight, nn.Conv2d):
+class BitConv2d(_WeightOnly, nn.Conv2d):
     """A 2-d convolution with 1.58-bit weights and float activations (weight-only)."""
-
-    def __init__(
-        self, *args: Any, weight_bits: float = 1.58, quantization_mode: str = "deterministic", **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.init_codes(weight_bits, quantization_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (batch, channels, height, width)."""
         return self._conv_forward(x, self.ternary_weight(), self.bias)
 
 
-class BitEmbedding(TernaryWeight, nn.Embedding):
+class BitEmbedding(_WeightOnly, nn.Embedding):
     """An embedding table with 1.58-bit weights; off by default in the converter."""
-
-    def __init__(
-        self, *args: Any, weight_bits: float = 1.58, quantization_mode: str = "deterministic", **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.init_codes(weight_bits, quantization_mode)
 
     def forward(self, index: Tensor) -> Tensor:
         """Look up ``index`` (integers of any shape)."""
