@@ -147,5 +147,6 @@ def quantize_rows(x: Tensor, floor: float = SCALE_FLOOR) -> tuple[Tensor, Tensor
     # Two reductions without the copy that abs() would write.
     largest = torch.maximum(x.amax(dim=-1, keepdim=True), -x.amin(dim=-1, keepdim=True))
     largest = largest.clamp(min=floor)
-    quantized = (x * (INT8_MAX / largest)).round_().to(torch.int8)
+    # Spelled out because torch computes 127 / x this way, and torch.compile's code does not.
+    quantized = (x * (largest.reciprocal() * INT8_MAX)).round_().to(torch.int8)
     return quantized, largest / INT8_MAX
