@@ -12,6 +12,9 @@ machine, because a byte has no endianness. A row that does not fill its last byt
 which adds nothing to a dot product, so a kernel may read whole bytes. One-bit weights {-1, 1} use the same
 encodings.
 
+A third layout, "tiles", is for the memory of the matrix kernel only and is not stored. A tile of 64 bytes
+holds 16 rows by 16 columns: byte `4 * r + c` holds in its bit pair f the code of row r, column `4 * f + c`.
+
 Source: Ma et al. 2024, "The Era of 1-bit LLMs" (arXiv:2402.17764) for the three levels.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor
 
 # encoding -> (base of the digits, codes a byte)
 _ENCODINGS = {"2bit": (4, 4), "base3": (3, 5)}
+TILE = 16  # rows and columns of a tile
 _INVALID = -2  # marks in the table a byte that no codes make
 
 
@@ -149,6 +153,70 @@ def unpack_codes(packed: Tensor, shape: Sequence[int], encoding: str = "2bit") -
             "damaged"
         )
     return codes[..., : rows[-1]].reshape(shape).contiguous()
+
+
+def decode_2bit(packed: Tensor, columns: int) -> Tensor:
+    """`unpack_codes` of "2bit" bytes that are known to be sound: no check, so it never waits for the device.
+
+    Args:
+        packed: (..., ceil(columns / 4)) uint8.
+        columns: codes a row.
+
+    Returns:
+        (..., columns) int8.
+
+    >>> decode_2bit(torch.tensor([[134, 84]], dtype=torch.uint8), 5).tolist()
+    [[1, 0, -1, 1, -1]]
+    """
+    return _bit_pairs(packed).flatten(-2)[..., :columns].contiguous()
+
+
+def pack_tiles(codes: Tensor) -> Tensor:
+    """Pack a matrix of codes into tiles, the layout that the packed linear layer multiplies from.
+
+    Args:
+        codes: (rows, columns) int8 with values -1, 0, 1.
+
+    Returns:
+        (ceil(rows / 16), ceil(columns / 16), 64) uint8 on the same device; what lies outside the matrix is
+        code 0.
+
+    Raises:
+        TypeError, ValueError: as for `pack_codes`.
+
+    >>> pack_tiles(torch.tensor([[1, 0, 0, 0, -1]], dtype=torch.int8))[0, 0, :4].tolist()
+    [82, 85, 85, 85]
+    """
+    rows, columns = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -columns % TILE, 0, -rows % TILE))
+    down, across = padded.shape[0] // TILE, padded.shape[1] // TILE
+    # (down, row, across, bit pair, byte) -> (down, across, row, byte, bit pair)
+    ordered = padded.reshape(down, TILE, across, 4, 4).permute(0, 2, 1, 4, 3)
+    return pack_codes(ordered.contiguous()).reshape(down, across, TILE * 4)
+
+
+def unpack_tiles(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """Undo `pack_tiles`; like `decode_2bit` it trusts the bytes.
+
+    Args:
+        packed: what `pack_tiles` returned.
+        rows, columns: shape of the codes.
+
+    Returns:
+        (rows, columns) int8 on the device of `packed`.
+
+    >>> unpack_tiles(pack_tiles(torch.tensor([[1, 0, 0, 0, -1]], dtype=torch.int8)), 1, 5).tolist()
+    [[1, 0, 0, 0, -1]]
+    """
+    down, across, _ = packed.shape
+    tiles = _bit_pairs(packed.reshape(down, across, TILE, 4)).permute(0, 2, 1, 4, 3)
+    return tiles.reshape(down * TILE, across * TILE)[:rows, :columns].contiguous()
+
+
+def _bit_pairs(packed: Tensor) -> Tensor:
+    """(...) uint8 -> (..., 4) int8: the four codes of each byte, the lowest bits first."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 3).to(torch.int8) - 1
 
 
 def _encoding(encoding: str) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 A session is a folder `<root>/<session id>/` with two files:
 
-    weights.safetensors   every tensor; the codes of a ternary layer are packed four to a byte
+    weights.safetensors   every tensor; the codes of a ternary layer are packed four to a byte, each output
+                          channel beginning a new one
     manifest.json         format version, architecture, layer table, metrics, SHA-256 of the weights
 
 Loading rebuilds a reference architecture (`architectures.py`) from its configuration. Nothing is unpickled
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -110,7 +112,12 @@ def save_compressed_model(
     folder = session_folder(session_id, root)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists; pass overwrite=True, or another session id")
-    model = _unwrap(model)
+    model = unwrap(model)
+    if any("packed_codes" in module._buffers for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} is packed for inference; save the model it was packed from, with "
+            "latents=False for the small file"
+        )
     tensors, aliases = _collect(model)
     layers = _layer_table(model)
     if not tensors:
@@ -124,7 +131,8 @@ def save_compressed_model(
     )
     for layer in layers:
         name = layer["name"]
-        tensors[_key(name, "codes")] = pack_codes(tensors[_key(name, "codes")], ENCODING)
+        # A row is all of an output channel: kernels of 1 or 3 weights would not fill their bytes.
+        tensors[_key(name, "codes")] = pack_codes(tensors[_key(name, "codes")].flatten(1), ENCODING)
     # A latent that a float layer shares must stay: the codes do not give it back.
     needed = {stored for other, stored in aliases.items() if not _is_latent(other, layers)}
     small = {k: t for k, t in tensors.items() if k in needed or not _is_latent(k, layers)}
@@ -209,11 +217,12 @@ def load_session(
                 f"({', '.join(REGISTRY)}); pass model=<an instance, converted as the saved one was>"
             )
         model = build_model_from_dict(manifest["architecture"])
-    _fill(_unwrap(model), tensors, manifest, folder, adopt_dtypes=built)
+    _fill(unwrap(model), tensors, manifest, folder, adopt_dtypes=built)
     return {"model": model.eval(), "metrics": manifest["metrics"]}
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside a compiled or DDP wrapper, however many there are."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -390,7 +399,9 @@ def _fill(
     for layer in manifest["layers"]:
         name, shape = layer["name"], layer["shape"]
         key, latent = _key(name, "codes"), _key(name, "weight")
-        tensors[key] = unpack_codes(tensors[key], shape, manifest["encoding"])
+        # The first sessions kept the whole shape of a convolution, each kernel row in bytes of its own.
+        rows = shape if tensors[key].dim() == len(shape) else (shape[0], math.prod(shape[1:]))
+        tensors[key] = unpack_codes(tensors[key], rows, manifest["encoding"]).reshape(shape)
         if latent not in tensors and latent not in manifest["aliases"]:
             tensors[latent] = _latent_of(tensors[key], tensors[_key(name, "scale")])
     for other, stored in manifest["aliases"].items():

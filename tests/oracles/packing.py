@@ -45,3 +45,11 @@ def unpack_row_base3(data: list[int], length: int) -> list[int]:
             byte, digit = divmod(byte, 3)
             codes.append(digit - 1)
     return codes[:length]
+
+
+def unpack_tile(data: list[int]) -> list[list[int]]:
+    """The 16 x 16 codes of a tile of 64 bytes: byte 4r + c, bits 2f and 2f + 1 hold row r, column 4f + c."""
+    return [
+        [((data[4 * row + column % 4] >> (2 * (column // 4))) & 0b11) - 1 for column in range(16)]
+        for row in range(16)
+    ]

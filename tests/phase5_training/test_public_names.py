@@ -30,8 +30,9 @@ from phase5_training.phases import Phase, PhaseSchedule
 from phase5_training.results import result_metrics
 
 PHASE4 = """
-BitConv1d BitConv2d BitEmbedding BitLinear build_model convert_model_to_bitnet load_compressed_model
-load_session save_compressed_model ternary_layers
+BitConv1d BitConv2d BitEmbedding BitLinear PackedBitConv1d PackedBitConv2d PackedBitEmbedding
+PackedBitLinear build_model convert_model_to_bitnet load_compressed_model load_packed_model load_session
+pack_model save_compressed_model ternary_layers
 """
 PHASE5 = """
 BitNetOptimizer CallbackRegistry DataConfig DataError DataLoaderFactory EarlyStopping Event ForgeError
