@@ -18,17 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from phase4_bitnet.int8_matmul import MAX_INNER, int8_matmul
-from phase4_bitnet.ternary import (
-    QuantizationMode,
-    quantize_rows,
-    quantize_weight,
-    requantize_,
-)
+from phase4_bitnet.int8_linear import int8_linear, int8_linear_backward, quantize_input
+from phase4_bitnet.ternary import QuantizationMode, quantize_weight, requantize_
 
 Backward = Literal["auto", "float32", "bf16", "int8"]
 NORM_EPS = 1e-5
-_GRADIENT_FLOOR = torch.finfo(torch.float32).tiny * 128
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -61,11 +55,10 @@ class _Int8Linear(torch.autograd.Function):
         out_dtype: torch.dtype,
         backward: str,
     ) -> Tensor:
-        rows, row_scale = quantize_rows(x)
+        rows, row_scale = quantize_input(x)
         ctx.save_for_backward(rows, row_scale, codes, scale)
         ctx.x_dtype, ctx.latent_dtype, ctx.how = x.dtype, latent.dtype, backward
-        # Converted first: torch multiplies int32 by float element by element, 50 times slower.
-        return int8_matmul(rows, codes.t()).float().mul_(row_scale * scale).to(out_dtype)
+        return int8_linear(rows, row_scale, codes, scale).to(out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -74,18 +67,10 @@ class _Int8Linear(torch.autograd.Function):
         rows, row_scale, codes, scale = ctx.saved_tensors
         grad_x = grad_latent = None
         if ctx.how == "int8":
-            if ctx.needs_input_grad[0]:
-                grad_rows, grad_scale = quantize_rows(grad, _GRADIENT_FLOOR)
-                grad_x = int8_matmul(grad_rows, codes).float().mul_(grad_scale * scale)
-            if ctx.needs_input_grad[1]:
-                # The row scale of x varies along the summed axis, so it is folded into the gradient
-                # before that is quantized per output feature.
-                folded = (grad.float() * row_scale).t()
-                # In pieces where there are more rows than an int32 sum can take.
-                for columns, own in zip(folded.split(MAX_INNER, 1), rows.split(MAX_INNER), strict=True):
-                    quantized, column_scale = quantize_rows(columns, _GRADIENT_FLOOR)
-                    part = int8_matmul(quantized, own).float().mul_(column_scale)
-                    grad_latent = part if grad_latent is None else grad_latent + part
+            want_input, want_weight = ctx.needs_input_grad[:2]
+            grad_x, grad_latent = int8_linear_backward(
+                grad.float(), rows, row_scale, codes, scale, want_input, want_weight
+            )
         else:
             # "auto" follows the dtype the forward produced: bf16 under autocast, else float32.
             dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(ctx.how, grad.dtype)

@@ -28,20 +28,25 @@ NEEDED = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared", "-ffp-contract=off")
 
 
-@cache
+@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether ``torch.ops.forge`` holds the kernels; compiles and loads them at the first call.
 
     ``FORGE_NATIVE=0`` in the environment turns them off, to compare with torch's operators.
     """
+    return not why_not()
+
+
+@cache
+def why_not() -> str:
+    """Why the kernels are not there, "" where they are."""
     reason = _load()
     if reason:
         logger.info("native kernels are off (%s); torch's operators are used, which are slower", reason)
-    return not reason
+    return reason
 
 
 def _load() -> str:
-    """Load the library, building it where the cache has none; returns why not, "" for success."""
     if os.environ.get("FORGE_NATIVE") == "0":
         return "FORGE_NATIVE=0"
     missing = sorted(set(NEEDED) - processor_flags())

@@ -1,0 +1,301 @@
+// The three products of a ternary linear layer, each with its quantization and scaling in the same pass.
+//
+// Formulas and rounding are those of phase4_bitnet/layers.py, to the bit; see int8_gemm.h for the products.
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "int8_gemm.h"
+
+namespace forge {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kLeftBlock = 24 * kTileRows;  // rows that stay in L2 while the panels go by
+constexpr float kInt8Max = 127.0f;
+
+Tensor empty_bytes(int64_t count) { return at::empty({count}, at::TensorOptions().dtype(at::kByte)); }
+
+// Non-negative floats compare as their bits do, and NaN is above all of them: a maximum that keeps NaN.
+inline __m512i magnitude_bits(__m512 x) {
+  return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+
+inline float float_of_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline __mmask16 tail_mask(int64_t left) {
+  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
+}
+
+inline float largest_magnitude(const float* x, int64_t count, float floor) {
+  __m512i top = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16)
+    top = _mm512_max_epu32(top, magnitude_bits(_mm512_maskz_loadu_ps(tail_mask(count - i), x + i)));
+  const float largest = float_of_bits(_mm512_reduce_max_epu32(top));
+  return largest < floor ? floor : largest;  // NaN stays
+}
+
+// q = round(x * 127 / max|x|), ties to even; returns the scale max|x| / 127.
+inline float quantize_row(const float* x, int64_t count, float floor, int8_t* q) {
+  const float largest = largest_magnitude(x, count, floor);
+  const __m512 factor = _mm512_set1_ps(1.0f / largest * kInt8Max);  // torch's order for 127 / largest
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = tail_mask(count - i);
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor));
+    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(rounded));
+  }
+  return largest / kInt8Max;
+}
+
+std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_in, double floor) {
+  const Tensor x = x_in.contiguous();
+  const int64_t m = x.size(0), k = x.size(1);
+  Tensor rows = at::empty({m, k}, x.options().dtype(at::kChar));
+  Tensor scale = at::empty({m, 1}, x.options());
+  const float* from = x.const_data_ptr<float>();
+  int8_t* to = rows.mutable_data_ptr<int8_t>();
+  float* scales = scale.mutable_data_ptr<float>();
+  const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
+  for_each_task(ceil_div(m, block), [&](int64_t task) {
+    for (int64_t i = task * block; i < std::min(m, (task + 1) * block); ++i)
+      scales[i] = quantize_row(from + i * k, k, static_cast<float>(floor), to + i * k);
+  });
+  return {rows, scale};
+}
+
+// out[i, j] = (sum_d left[i, d] * right[d, j]) * (row_scale[i] * scale), int32 sums, float32 out.
+//
+// left: (m, stride) signed bytes of which `depth` count, zeros from there to the next multiple of four.
+// packed: panels of the right operand, shifted by `offset`.
+void multiply_scaled(const int8_t* left, int64_t stride, int64_t m, int64_t depth, const uint8_t* packed,
+                     int64_t columns, int32_t offset, const float* row_scale, float scale, float* out) {
+  const int64_t steps = ceil_div(depth, 4), panels = ceil_div(columns, kTileColumns);
+  const int64_t panel_bytes = steps * kTileColumns * 4, blocks = ceil_div(m, kLeftBlock);
+  if (!blocks || !panels) return;
+  // A few rows alone are shared out by columns.
+  const int64_t parts = std::min(panels, ceil_div(2 * at::get_num_threads(), blocks));
+  for_each_task(blocks * parts, [&](int64_t task) {
+    const int64_t block = task / parts, part = task % parts;
+    const int64_t row_end = std::min(m, (block + 1) * kLeftBlock);
+    int32_t shift[kLeftBlock];
+    for (int64_t i = block * kLeftBlock; i < row_end; ++i)
+      shift[i - block * kLeftBlock] = offset * sum_of_bytes(left + i * stride, depth);
+    for (int64_t panel = part * panels / parts; panel < (part + 1) * panels / parts; ++panel) {
+      for (int64_t i = block * kLeftBlock; i < row_end; i += kTileRows) {
+        const int64_t rows = std::min(kTileRows, row_end - i);
+        __m512i sums[kTileRows][kVectors];
+        multiply_rows(rows, left + i * stride, stride, 4, packed + panel * panel_bytes, steps, sums);
+        for (int64_t r = 0; r < rows; ++r) {
+          const __m512i own = _mm512_set1_epi32(shift[i + r - block * kLeftBlock]);
+          const __m512 factor = _mm512_set1_ps(row_scale[i + r] * scale);
+          for (int64_t v = 0; v < kVectors; ++v) {
+            const int64_t column = panel * kTileColumns + v * 16;
+            if (column >= columns) break;
+            const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][v], own));
+            _mm512_mask_storeu_ps(out + (i + r) * columns + column, tail_mask(columns - column),
+                                  _mm512_mul_ps(exact, factor));
+          }
+        }
+      }
+    }
+  });
+}
+
+// rows with the depth padded to a multiple of four by zeros; the same memory where nothing is to be added.
+Tensor padded_rows(const Tensor& rows) {
+  const int64_t m = rows.size(0), k = rows.size(1), stride = ceil_div(k, 4) * 4;
+  if (stride == k) return rows.contiguous();
+  const Tensor own = rows.contiguous();
+  Tensor padded = at::empty({m, stride}, own.options());
+  int8_t* to = padded.mutable_data_ptr<int8_t>();
+  const int8_t* from = own.const_data_ptr<int8_t>();
+  for (int64_t i = 0; i < m; ++i) {
+    std::memcpy(to + i * stride, from + i * k, k);
+    std::memset(to + i * stride + k, 0, stride - k);
+  }
+  return padded;
+}
+
+Tensor int8_linear(const Tensor& rows, const Tensor& row_scale, const Tensor& codes, const Tensor& scale) {
+  const int64_t m = rows.size(0), k = rows.size(1), n = codes.size(0);
+  Tensor out = at::empty({m, n}, row_scale.options());
+  const Tensor left = padded_rows(rows), weight = codes.contiguous(), scales = row_scale.contiguous();
+  const int64_t panels = ceil_div(n, kTileColumns), panel_bytes = ceil_div(k, 4) * kTileColumns * 4;
+  Tensor packed = empty_bytes(panels * panel_bytes);
+  uint8_t* to = packed.mutable_data_ptr<uint8_t>();
+  for_each_task(panels, [&](int64_t panel) {
+    pack_transposed(weight.const_data_ptr<int8_t>(), n, k, panel * kTileColumns, 1, to + panel * panel_bytes);
+  });
+  multiply_scaled(left.const_data_ptr<int8_t>(), left.size(1), m, k, to, n, 1,
+                  scales.const_data_ptr<float>(), *scale.const_data_ptr<float>(),
+                  out.mutable_data_ptr<float>());
+  return out;
+}
+
+// dx[i, d] = (sum_j q[i, j] * codes[j, d]) * (q_scale[i] * scale)
+Tensor input_gradient(const Tensor& q, const Tensor& q_scale, int64_t n, const Tensor& codes, float scale) {
+  const int64_t m = q.size(0), k = codes.size(1);
+  Tensor out = at::empty({m, k}, q_scale.options());
+  const int64_t panels = ceil_div(k, kTileColumns), panel_bytes = ceil_div(n, 4) * kTileColumns * 4;
+  Tensor packed = empty_bytes(panels * panel_bytes);
+  uint8_t* to = packed.mutable_data_ptr<uint8_t>();
+  for_each_task(panels, [&](int64_t panel) {
+    pack_interleaved(codes.const_data_ptr<int8_t>(), n, k, panel * kTileColumns, 1, to + panel * panel_bytes);
+  });
+  multiply_scaled(q.const_data_ptr<int8_t>(), q.size(1), m, n, to, k, 1, q_scale.const_data_ptr<float>(),
+                  scale, out.mutable_data_ptr<float>());
+  return out;
+}
+
+// The gradient times the input's row scale, quantized per column and block of rows, four rows interleaved
+// and kTileRows columns side by side: [n / kTileRows][m / 4][kTileRows][4].
+struct FoldedGradient {
+  Tensor bytes, scales, sums;  // scales and sums: [blocks][n_padded]
+  int64_t block, blocks, steps, n_padded;
+};
+
+// One block of `count` rows, from its first row on.
+void fold_block(const float* grad, const float* row_scale, int64_t n, int64_t count, float floor,
+                int64_t first_step, int64_t steps, int8_t* bytes, float* scales, int32_t* sums) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const __mmask16 mask = tail_mask(n - j);
+    __m512i top = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; ++i) {
+      const __m512 folded = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, grad + i * n + j), _mm512_set1_ps(row_scale[i]));
+      top = _mm512_max_epu32(top, magnitude_bits(folded));
+    }
+    __m512 largest = _mm512_castsi512_ps(top);
+    const __m512 least = _mm512_set1_ps(floor);
+    largest = _mm512_mask_mov_ps(largest, _mm512_cmp_ps_mask(largest, least, _CMP_LT_OQ), least);
+    _mm512_storeu_ps(scales + j, _mm512_div_ps(largest, _mm512_set1_ps(kInt8Max)));
+    const __m512 factor = _mm512_mul_ps(_mm512_div_ps(_mm512_set1_ps(1.0f), largest), _mm512_set1_ps(kInt8Max));
+    __m512i total = _mm512_setzero_si512();
+    const __m512i ones = _mm512_set1_epi8(1), low = _mm512_set1_epi32(0xff);
+    for (int64_t i = 0; i < count; i += 4) {
+      __m512i four = _mm512_setzero_si512();
+      for (int64_t r = 0; r < 4 && i + r < count; ++r) {
+        const __m512 x = _mm512_maskz_loadu_ps(mask, grad + (i + r) * n + j);
+        const __m512 folded = _mm512_mul_ps(x, _mm512_set1_ps(row_scale[i + r]));
+        const __m512i q = _mm512_and_si512(_mm512_cvtps_epi32(_mm512_mul_ps(folded, factor)), low);
+        four = _mm512_or_si512(four, _mm512_sll_epi32(q, _mm_cvtsi32_si128(static_cast<int>(8 * r))));
+      }
+      total = _mm512_dpbusd_epi32(total, ones, four);
+      const int64_t step = first_step + i / 4;
+      for (int64_t half = 0; half < 2; ++half) {
+        int8_t* to = bytes + (((j / kTileRows + half) * steps) + step) * kTileRows * 4;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half ? _mm512_extracti64x4_epi64(four, 1)
+                                                                 : _mm512_castsi512_si256(four));
+      }
+    }
+    _mm512_storeu_si512(sums + j, total);
+  }
+}
+
+// dW[j, d] = sum over blocks of (sum_i q[i, j] * rows[i, d]) * q_scale[block, j]
+Tensor weight_gradient(const FoldedGradient& q, int64_t n, const Tensor& rows, const Tensor& like) {
+  const int64_t m = rows.size(0), k = rows.size(1);
+  Tensor out = at::empty({n, k}, like.options());
+  const int64_t panels = ceil_div(k, kTileColumns), panel_bytes = q.steps * kTileColumns * 4;
+  Tensor packed = empty_bytes(panels * panel_bytes);
+  uint8_t* right = packed.mutable_data_ptr<uint8_t>();
+  for_each_task(panels, [&](int64_t panel) {
+    pack_interleaved(rows.const_data_ptr<int8_t>(), m, k, panel * kTileColumns, -128, right + panel * panel_bytes);
+  });
+  const int8_t* left = q.bytes.const_data_ptr<int8_t>();
+  const float* scales = q.scales.const_data_ptr<float>();
+  const int32_t* sums_of = q.sums.const_data_ptr<int32_t>();
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t tiles = ceil_div(n, kTileRows), block_steps = q.block / 4;
+  const int64_t group = std::max<int64_t>(1, tiles / (4 * at::get_num_threads()));
+  for_each_task(ceil_div(tiles, group), [&](int64_t task) {
+    // A block of the right panel stays in L1 while the tiles go by; the sums gather in the output.
+    for (int64_t panel = 0; panel < panels; ++panel)
+      for (int64_t block = 0; block < q.blocks; ++block) {
+        const int64_t step = block * block_steps, steps = std::min(block_steps, q.steps - step);
+        const uint8_t* own_right = right + panel * panel_bytes + step * kTileColumns * 4;
+        for (int64_t tile = task * group; tile < std::min(tiles, (task + 1) * group); ++tile) {
+          __m512i sums[kTileRows][kVectors];
+          multiply_tile<kTileRows>(left + (tile * q.steps + step) * kTileRows * 4, 4, kTileRows * 4, own_right,
+                                   steps, sums);
+          const int64_t count = std::min(kTileRows, n - tile * kTileRows);
+          for (int64_t r = 0; r < count; ++r) {
+            const int64_t at = block * q.n_padded + tile * kTileRows + r;
+            const __m512i own = _mm512_set1_epi32(128 * sums_of[at]);
+            const __m512 factor = _mm512_set1_ps(scales[at]);
+            for (int64_t v = 0; v < kVectors; ++v) {
+              const int64_t column = panel * kTileColumns + v * 16;
+              if (column >= k) break;
+              const __mmask16 mask = tail_mask(k - column);
+              float* sum = to + (tile * kTileRows + r) * k + column;
+              __m512 part = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][v], own)), factor);
+              if (block) part = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, sum), part);
+              _mm512_mask_storeu_ps(sum, mask, part);
+            }
+          }
+        }
+      }
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& grad_in, const Tensor& rows_in,
+                                                const Tensor& row_scale_in, const Tensor& codes_in,
+                                                const Tensor& scale, double floor_in, int64_t block,
+                                                bool want_input, bool want_weight) {
+  const Tensor grad = grad_in.contiguous(), rows = rows_in.contiguous(), codes = codes_in.contiguous();
+  const Tensor row_scale = row_scale_in.contiguous();
+  const int64_t m = grad.size(0), n = grad.size(1), stride = ceil_div(n, 4) * 4;
+  const float floor = static_cast<float>(floor_in);
+  const int64_t blocks = ceil_div(m, block), steps = (blocks - 1) * (block / 4) + ceil_div(m - (blocks - 1) * block, 4);
+  const int64_t n_padded = ceil_div(n, 16) * 16;
+  Tensor q, q_scale;
+  FoldedGradient folded;
+  if (want_input) {
+    q = at::empty({m, stride}, rows.options());
+    q_scale = at::empty({m}, grad.options());
+  }
+  if (want_weight) {
+    folded = {at::empty({n_padded * steps * 4}, rows.options()), at::empty({blocks, n_padded}, grad.options()),
+              at::empty({blocks, n_padded}, grad.options().dtype(at::kInt)), block, blocks, steps, n_padded};
+  }
+  const float* from = grad.const_data_ptr<float>();
+  for_each_task(blocks, [&](int64_t task) {
+    const int64_t first = task * block, count = std::min(block, m - first);
+    if (want_input) {
+      int8_t* to = q.mutable_data_ptr<int8_t>() + first * stride;
+      for (int64_t i = 0; i < count; ++i) {
+        q_scale.mutable_data_ptr<float>()[first + i] =
+            quantize_row(from + (first + i) * n, n, floor, to + i * stride);
+        std::memset(to + i * stride + n, 0, stride - n);
+      }
+    }
+    if (want_weight)
+      fold_block(from + first * n, row_scale.const_data_ptr<float>() + first, n, count, floor, first / 4, steps,
+                 folded.bytes.mutable_data_ptr<int8_t>(), folded.scales.mutable_data_ptr<float>() + task * n_padded,
+                 folded.sums.mutable_data_ptr<int32_t>() + task * n_padded);
+  });
+  Tensor grad_input, grad_weight;
+  if (want_input) grad_input = input_gradient(q, q_scale, n, codes, *scale.const_data_ptr<float>());
+  else grad_input = at::empty({0}, grad.options());
+  if (want_weight) grad_weight = weight_gradient(folded, n, rows, grad);
+  else grad_weight = at::empty({0}, grad.options());
+  return {grad_input, grad_weight};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(forge, CPU, m) {
+  m.impl("quantize_rows", &quantize_rows);
+  m.impl("int8_linear", &int8_linear);
+  m.impl("int8_linear_backward", &int8_linear_backward);
+}
+
+}  // namespace forge
