@@ -215,15 +215,18 @@ class PackedBitLinear(PackedLayer):
             x = F.rms_norm(x, (self.in_features,), eps=NORM_EPS)
         if self.activation_bits is None:
             return F.linear(x, self.ternary_weight(), self.bias)
-        out_dtype = _autocast_dtype(x.device.type) or x.dtype
-        native_bias = bias = self.bias
-        if bias is not None and not out_dtype == bias.dtype == torch.float32:
-            native_bias = None  # added below, after the rounding to the dtype of the output
-        if x.device.type == "cpu" and self.in_features <= MAX_INNER and native.available():
+        # The name of a device and nn.Module's search for a buffer take a microsecond each, and a row of
+        # this layer a few.
+        on_cpu = x.is_cpu
+        out_dtype = _autocast_dtype("cpu" if on_cpu else x.device.type) or x.dtype
+        buffers, bias = self._buffers, self._parameters["bias"]
+        if on_cpu and self.in_features <= MAX_INNER and native.available():
+            wide = x if x.dtype is torch.float32 else x.float()
+            fused = out_dtype is torch.float32 and (bias is None or bias.dtype is torch.float32)
             out = torch.ops.forge.packed_linear(
-                x.float(), self.packed_codes, self.scale, native_bias, self.out_features
+                wide, buffers["packed_codes"], buffers["scale"], bias if fused else None, self.out_features
             )
-            if native_bias is not None:
+            if fused:
                 return out
         else:
             rows, row_scale = quantize_rows(x.reshape(-1, self.in_features))

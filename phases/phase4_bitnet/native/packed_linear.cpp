@@ -30,7 +30,7 @@ constexpr int kMaxRows = 6;  // rows that a tile is multiplied with while it is 
 constexpr float kFloor = 1e-5f;  // SCALE_FLOOR of ternary.py
 constexpr float kInt8Max = 127.0f;
 // A thread that has fewer products, or values to quantize, costs more than it brings.
-constexpr int64_t kGrain = 1 << 19;
+constexpr int64_t kGrain = 1 << 21;
 constexpr int64_t kQuantizeGrain = 1 << 16;
 constexpr int64_t kCachedBytes = 1 << 19;  // of tiles that all rows pass before the next ones
 
