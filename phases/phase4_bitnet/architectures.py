@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase4_bitnet.attention import apply_rope, attention, rope_table
+from phase4_bitnet.attention import rope_table, rotary_attention
 from phase4_bitnet.layers import BitLinear, ternary_layers
 
 
@@ -267,9 +267,7 @@ class Attention(nn.Module):
         """Attend within `x` (batch, length, dim)."""
         batch, length, dim = x.shape
         qkv = self.qkv_proj(x).view(batch, length, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
-        return self.o_proj(self.attn_sub_norm(out.transpose(1, 2).reshape(batch, length, dim)))
+        return self.o_proj(self.attn_sub_norm(rotary_attention(qkv, cos, sin)))
 
 
 class SquaredReluMLP(nn.Module):

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from phase4_bitnet import native
+
+# Widest head that the native kernel takes; it works in vectors of 16.
+NATIVE_HEAD_DIM = 256
 # On CPU at most this many positions are attended by plain matmul and softmax; see `attention`.
 PLAIN_ATTENTION_LENGTH = 16
 
@@ -47,6 +54,59 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first, second), dim=-1) * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class _NativeAttention(torch.autograd.Function):
+    """native/attention.cpp with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        out, log_sums = torch.ops.forge.causal_attention(qkv, cos, sin)
+        ctx.save_for_backward(qkv, cos, sin, out, log_sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return torch.ops.forge.causal_attention_backward(grads[0], *ctx.saved_tensors), None, None
+
+
+def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Causal self-attention with rotary positions, from the fused projection.
+
+    On a CPU with native kernels one pass does the rotation, the attention and the change of layout, in
+    float32; elsewhere :func:`apply_rope` and :func:`attention` do.
+
+    Args:
+        qkv: (batch, length, 3, heads, head_dim): queries, keys and values.
+        cos: (length, head_dim) float32 from `rope_table`.
+        sin: the same shape and dtype.
+
+    Returns:
+        (batch, length, heads * head_dim) in the dtype of `qkv`.
+
+    >>> cos, sin = rope_table(5, 4)
+    >>> rotary_attention(torch.ones(2, 5, 3, 1, 4), cos, sin).shape
+    torch.Size([2, 5, 4])
+    """
+    batch, length, _, heads, head_dim = qkv.shape
+    if _use_native(qkv):
+        return _NativeAttention.apply(qkv.float(), cos, sin).to(qkv.dtype)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    out = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+    return out.transpose(1, 2).reshape(batch, length, heads * head_dim)
+
+
+def _use_native(qkv: Tensor) -> bool:
+    """Whether the native kernel takes this projection, and is worth it."""
+    length, head_dim = qkv.shape[1], qkv.shape[-1]
+    return (
+        qkv.device.type == "cpu"
+        and length > PLAIN_ATTENTION_LENGTH
+        and head_dim % 16 == 0
+        and head_dim <= NATIVE_HEAD_DIM
+        and native.available()
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,3 +156,22 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     later = torch.ones(length, length, dtype=torch.bool, device=v.device).triu(1)
     weights = scores.float().masked_fill(later, float("-inf")).softmax(dim=-1)
     return (weights.to(v.dtype) @ v).to(v.dtype)
+
+
+# What the native kernel takes and, for torch.compile, the shapes that it returns.
+torch.library.define("forge::causal_attention", "(Tensor qkv, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
+torch.library.define(
+    "forge::causal_attention_backward",
+    "(Tensor grad, Tensor qkv, Tensor cos, Tensor sin, Tensor out, Tensor log_sums) -> Tensor",
+)
+
+
+@torch.library.register_fake("forge::causal_attention")
+def _(qkv: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    batch, length, _, heads, head_dim = qkv.shape
+    return qkv.new_empty((batch, length, heads * head_dim)), qkv.new_empty((batch, heads, length))
+
+
+@torch.library.register_fake("forge::causal_attention_backward")
+def _(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, log_sums: Tensor) -> Any:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)

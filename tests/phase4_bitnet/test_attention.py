@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from oracles.attention import causal_attention, rope
-from phase4_bitnet.attention import PLAIN_ATTENTION_LENGTH, apply_rope, attention, plain_attention, rope_table
+from phase4_bitnet import native
+from phase4_bitnet.attention import (
+    PLAIN_ATTENTION_LENGTH,
+    apply_rope,
+    attention,
+    plain_attention,
+    rope_table,
+    rotary_attention,
+)
 
 
 def qkv(length: int, *, batch: int = 2, heads: int = 3, width: int = 8) -> list[torch.Tensor]:
@@ -77,3 +85,86 @@ def test_bf16_values_come_back_in_bf16(length: int, autocast: bool) -> None:
         out = attention(q, k, half)
     assert out.dtype == torch.bfloat16
     np.testing.assert_allclose(out.float().numpy(), expected(q, k, half), atol=0.06)
+
+
+def fused(length: int, width: int, *, batch: int = 2, heads: int = 3) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(length + width)
+    return torch.randn(batch, length, 3, heads, width, generator=generator) * 2
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """Rotary attention of a fused projection by the formula, in float64 and with torch's own gradient."""
+    x = x.double()
+    batch, length, _, heads, width = x.shape
+    frequencies = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    turn = torch.polar(
+        torch.ones(()).double(), torch.outer(torch.arange(length).double(), frequencies)[:, None]
+    )
+    pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :])
+    q, k = (pairs[:, :, i] * turn for i in range(2))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.conj()).real / width**0.5
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(later, float("-inf")).softmax(-1)
+    return torch.einsum("bhij,bjhd->bihd", weights, x[:, :, 2]).reshape(batch, length, heads * width)
+
+
+@pytest.fixture(params=["native", "torch"])
+def implementation(request, monkeypatch):
+    if request.param == "native" and not native.available():
+        pytest.skip("no native kernels on this machine")
+    if request.param == "torch":
+        monkeypatch.setattr("phase4_bitnet.attention.native.available", lambda: False)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("length", "width"), [(1, 16), (4, 8), (17, 16), (32, 32), (33, 48), (100, 64), (257, 80), (40, 24)]
+)
+def test_rotary_attention_and_its_gradient_match_float64(implementation, length: int, width: int) -> None:
+    x = fused(length, width)
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    grad = torch.randn(2, length, 3 * width, generator=torch.Generator().manual_seed(1))
+    out, want = rotary_attention(ours, *rope_table(length, width)), in_float64(theirs)
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=1e-5)
+    out.backward(grad)
+    want.backward(grad.double())
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_large_scores_do_not_overflow(implementation) -> None:
+    x = fused(40, 16) * 100
+    want = in_float64(x)
+    torch.testing.assert_close(rotary_attention(x, *rope_table(40, 16)).double(), want, atol=0.05, rtol=1e-3)
+
+
+def test_a_bad_number_reaches_those_who_see_it_and_no_others(implementation) -> None:
+    x = fused(40, 16)
+    x[0, 20, 1, 1, 3] = float("nan")
+    out = rotary_attention(x, *rope_table(40, 16)).view(2, 40, 3, 16)
+    assert out[0, 20:, 1].isnan().all()
+    assert not out[0, :20].isnan().any()
+    assert not out[0, :, [0, 2]].isnan().any()
+    assert not out[1].isnan().any()
+
+
+def test_rotary_attention_of_bf16_comes_back_in_bf16(implementation) -> None:
+    x = fused(40, 16).bfloat16()
+    out = rotary_attention(x, *rope_table(40, 16))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), in_float64(x.float()), atol=0.06, rtol=0.02)
+
+
+def test_the_native_kernel_is_used_and_compiles_without_a_break() -> None:
+    if not native.available():
+        pytest.skip("no native kernels on this machine")
+    x, tables = fused(40, 16).requires_grad_(), rope_table(40, 16)
+    out = rotary_attention(x, *tables)
+    assert "NativeAttention" in type(out.grad_fn.next_functions[0][0] or out.grad_fn).__name__ + repr(
+        out.grad_fn
+    )
+    out.square().sum().backward()
+    grad, x.grad = x.grad, None
+    compiled = torch.compile(rotary_attention, fullgraph=True)(x, *tables)
+    assert torch.equal(compiled, out)
+    compiled.square().sum().backward()
+    assert torch.equal(x.grad, grad)
