@@ -9,6 +9,11 @@ and BitNet's for one bit (Wang et al. 2023, arXiv:2310.11453): ``codes = sign(W)
 mean subtraction, so that both widths share one scale rule. Activations are quantized per row
 (token) to int8 by their largest magnitude.
 
+The mean is the sum in float64, rounded to float32: the order of the summands then does not matter, so that
+threads, devices and kernels agree on every code. (Two orders differ by some 1e-16 of the sum; that moves the
+rounded mean in one of 10^8 cases, by its last bit, and a code only where |W| lies between the two halves.)
+On a CPU a native kernel does it all in one pass (native/optimizer_step.cpp), to the same bits.
+
 The scale that multiplies is rounded to a number that float16 holds exactly. Export formats store
 scales in float16 or float32; training with the value that will be stored keeps the deployed network
 equal to the one that was validated. The codes are decided with the unrounded mean.
@@ -19,6 +24,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from phase4_bitnet import native
 
 QuantizationMode = Literal["deterministic", "stochastic"]
 
@@ -74,6 +81,8 @@ def quantize_weight(
         ([[1, 0], [-1, 1]], 0.5)
     """
     latent = weight.detach().float()
+    if mode == "deterministic" and not torch.compiler.is_compiling() and _native_takes(latent):
+        return torch.ops.forge.ternary_codes(latent, 1 if weight_bits == 1 else 2)
     mean_abs = _mean_magnitude(latent)
     noise = None
     if mode == "stochastic":
@@ -82,13 +91,26 @@ def quantize_weight(
     return codes.to(torch.int8), storable_scale(mean_abs)
 
 
-def _mean_magnitude(latent: Tensor) -> Tensor:
-    """mean |W| as a () float32 tensor; the one place that computes it, so that codes agree everywhere.
+def _native_takes(latent: Tensor) -> bool:
+    """Whether the native kernel derives the codes of this latent."""
+    return (
+        latent.device.type == "cpu"
+        and latent.dtype == torch.float32
+        and latent.is_contiguous()
+        and native.available()
+    )
 
-    Not a 1-norm: torch's CPU norm adds up in float32 one by one and is 29% off at 8192 x 8192, where
-    mean() adds pairwise and is right to 1e-7.
+
+def _mean_magnitude(latent: Tensor) -> Tensor:
+    """mean |W| as a () float32 tensor; the kernels compute the same number.
+
+    Accumulated in float64: in float32 torch's CPU norm is 29% off at 8192 x 8192.
     """
-    return latent.abs().mean() if latent.numel() else latent.new_zeros(())
+    if not latent.numel():
+        return latent.new_zeros(())
+    if latent.device.type == "mps":  # has no float64
+        return latent.abs().mean()
+    return (torch.linalg.vector_norm(latent, 1, dtype=torch.float64) / latent.numel()).float()
 
 
 @torch.no_grad()
@@ -104,12 +126,17 @@ def requantize_(
     Args:
         weights: the latents, float, any shapes.
         codes: int8 tensors of the same shapes, overwritten.
-        scales: float32 tensors of shape (), overwritten.
+        scales: float32 tensors of shape (), overwritten. The native kernel takes the present value for
+            a guess of the new one, which spares it a second pass; it decides nothing.
         weight_bits, mode: as for :func:`quantize_weight`, the same for all.
     """
     if not weights:
         return
     latents = [w.detach().float() for w in weights]
+    if mode == "deterministic" and all(map(_native_takes, latents)) and all(c.is_contiguous() for c in codes):
+        torch.ops.forge.requantize_(latents, list(codes), list(scales), 1 if weight_bits == 1 else 2)
+        torch.autograd.graph.increment_version([*codes, *scales])
+        return
     mean_abs = torch.stack([_mean_magnitude(w) for w in latents])
     ratios = torch._foreach_div(latents, list(mean_abs.clamp(min=SCALE_FLOOR).unbind()))
     if weight_bits == 1.58 and mode == "deterministic":
@@ -150,3 +177,12 @@ def quantize_rows(x: Tensor, floor: float = SCALE_FLOOR) -> tuple[Tensor, Tensor
     # Spelled out because torch computes 127 / x this way, and torch.compile's code does not.
     quantized = (x * (largest.reciprocal() * INT8_MAX)).round_().to(torch.int8)
     return quantized, largest / INT8_MAX
+
+
+# What the kernel returns, for tracing; native/optimizer_step.cpp has the body.
+torch.library.define("forge::ternary_codes", "(Tensor weight, int bits) -> (Tensor, Tensor)")
+
+
+@torch.library.register_fake("forge::ternary_codes")
+def _ternary_codes_fake(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(())

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import bitnet
+from phase4_bitnet import native, ternary
 from phase4_bitnet.ternary import quantize_rows, quantize_weight, requantize_, storable_scale
 
 
@@ -115,3 +116,69 @@ def test_tiny_rows_keep_their_size_with_a_floor_of_their_own():
     q, scale = quantize_rows(x, floor=torch.finfo(torch.float32).tiny)
     assert q.tolist() == [[64, -127]]
     torch.testing.assert_close(q * scale, x, rtol=1e-2, atol=0)
+
+
+@pytest.fixture
+def torch_only(monkeypatch):
+    """Return a function that runs another one with torch's operators in place of the kernels."""
+
+    def run(function, *args):
+        with monkeypatch.context() as patched:
+            patched.setattr(ternary.native, "available", lambda: False)
+            return function(*args)
+
+    return run
+
+
+@pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
+@pytest.mark.parametrize("bits", [1.58, 1])
+@pytest.mark.parametrize("shape", [(0,), (1,), (15,), (17, 31), (129, 127), (300, 301)])
+def test_the_kernel_gives_the_bits_of_torchs_operators(torch_only, bits, shape):
+    for seed, spread in enumerate((0.02, 1e-7, 3e4)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * spread
+        weight.view(-1)[::3] *= -0.0  # signed zeros
+        codes, scale = quantize_weight(weight, bits)
+        wanted_codes, wanted_scale = torch_only(quantize_weight, weight, bits)
+        assert torch.equal(codes, wanted_codes)
+        assert torch.equal(scale, wanted_scale)
+
+
+@pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
+def test_latents_around_the_threshold_fall_as_the_division_says(torch_only):
+    """Neighbors of mean / 2 in float32, on both sides; the two large elements keep the mean at 1."""
+    near = np.float32(0.5) + np.arange(-3, 4) * np.float32(2**-25)
+    near = np.concatenate([near, np.nextafter(np.float32(0.5), np.float32([0, 1]))])
+    for mean in np.float32([1.0, 0.7, 3e-3]):
+        values = torch.tensor(np.concatenate([near, -near]) * mean)
+        rest = torch.full((2,), (mean * 20 - values.abs().sum().item()) / 2)
+        weight = torch.cat([values, rest])
+        assert torch.equal(quantize_weight(weight)[0], torch_only(quantize_weight, weight)[0])
+
+
+@pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")
+@pytest.mark.parametrize("factor", [0.0, float("nan"), 0.9, 0.999, 1.0, 1.001, 1.1])
+def test_the_old_scale_decides_nothing(factor):
+    """It is a guess of the new one, good or bad."""
+    weights = [random_weight(150, 310, 5), torch.full((70, 9), 0.5), random_weight(8, 8, 6)]
+    # A block of the kernel whose latents all sit near the threshold, more than it takes notes of.
+    crowd = 0.5 + torch.randn(20_000, generator=torch.Generator().manual_seed(7)) * 1e-4
+    weights.append(torch.cat([crowd, torch.full((20_000,), 1.5)]))
+    expected = [quantize_weight(w) for w in weights]
+    codes = [torch.full_like(w, 7, dtype=torch.int8) for w in weights]
+    scales = [s * factor for _, s in expected]
+    requantize_(weights, codes, scales)
+    for c, s, (wanted, scale) in zip(codes, scales, expected, strict=True):
+        assert torch.equal(c, wanted)
+        assert torch.equal(s, scale)
+
+
+def test_the_mean_does_not_depend_on_the_threads():
+    weight = random_weight(700, 701, 9)
+    alone = quantize_weight(weight)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        several = quantize_weight(weight)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, several, strict=True))
