@@ -3,6 +3,10 @@
 Order within :meth:`BitNetOptimizer.step`: norm and finite check, clip, gradient filter, the wrapped
 optimizer, re-quantize. The next forward sees the codes of the weights as they are after the step.
 A step whose gradients are not finite changes nothing, the filter's average included.
+
+On a CPU, AdamW takes all of this in one pass (:mod:`phase5_training.fused_step`); every other optimizer, and
+AdamW where that does not apply, takes one after the other, the general path. On CUDA that is torch's
+multi-tensor operators, without a wait for the device; no figures were taken there.
 """
 
 import weakref
@@ -14,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from phase4_bitnet import native
 from phase4_bitnet.convert import hidden_linears
 from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layers
 from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
+from phase5_training.fused_step import FusedStep, fused_step
+from phase5_training.slow_average import SLOW
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
 BETAS = (0.9, 0.98)
@@ -189,30 +196,75 @@ class BitNetOptimizer(Optimizer):
         if self._undo_on_device and all(o.state for o in self.optimizers):
             ratio, flips = self._update_or_undo(params, grads, norm, nonfinite)
         elif not nonfinite:
-            ratio = self._update(params, grads, norm)
-            flips = self._requantize_measured()
+            ratio, flips = self._update_on_host(params, norm)
         self.steps += 1
         self.report = StepReport(norm, nonfinite, ratio, flips)
         return result
 
-    def _update(self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor) -> Tensor | None:
-        """Clip, filter and move the latents; returns the slow ratio when measuring."""
-        if self.max_grad_norm is not None:
-            # torch.nn.utils.clip_grad_norm_'s formula, on the norm that is known already.
-            torch._foreach_mul_(grads, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-        clipped = _total_norm(grads) if self.measure and self.gradient_filter else None
+    def _update_on_host(
+        self, params: list[nn.Parameter], norm: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Update and re-quantize, in one pass where the kernel can; returns slow ratio and flip share."""
+        linear = None
+        if self.gradient_filter is not None:
+            # Only filters that a gradient and its average determine are known to the kernel.
+            describe = getattr(self.gradient_filter, "linear", lambda step: None)
+            linear = describe(self.steps)
+        fused: list[FusedStep] = []
+        general = self.optimizers
+        if self.gradient_filter is None or linear is not None:
+            jobs = [(o, fused_step(o, linear)) for o in self.optimizers]
+            fused = [job for _, job in jobs if job is not None]
+            general = [o for o, job in jobs if job is None]
+        factor = self._clip_factor(norm)
+        layers = self._trained_layers()
+        before = [layer.codes.clone() for layer in layers] if self.measure else []
+        for job in fused:
+            layers = job.run(layers, linear, float(factor), self.steps)
+        own = {id(p) for o in general for g in o.param_groups for p in g["params"]} if fused else None
+        self._general_update([p for p in params if own is None or id(p) in own], factor, general)
+        requantize_layers(layers)
+        return self._slow_ratio(params, norm * factor), self._flip_share(before)
+
+    def _clip_factor(self, norm: Tensor) -> Tensor:
+        """Factor on the gradients, () float32: that of torch.nn.utils.clip_grad_norm_."""
+        if self.max_grad_norm is None:
+            return torch.ones_like(norm)
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    def _general_update(
+        self, params: list[nn.Parameter], factor: Tensor, optimizers: Sequence[Optimizer]
+    ) -> None:
+        """Clip, filter and let the wrapped optimizers step, one after the other."""
+        if not params:
+            return
+        # On the host the factor is read for free, and is mostly 1.
+        if self.max_grad_norm is not None and (factor.device.type != "cpu" or factor < 1):
+            torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
         if self.gradient_filter is not None:
             self.gradient_filter.filter_(params, self.state, self.steps)
-        for optimizer in self.optimizers:
+        for optimizer in optimizers:
             optimizer.step()
-        if self.gradient_filter is None:
+        if self.gradient_filter is not None:
+            home = {p: o.state for o in optimizers for g in o.param_groups for p in g["params"]}
+            self.gradient_filter.store_(lambda p: home[p][p])
+
+    def _slow_ratio(self, params: Sequence[nn.Parameter], clipped_norm: Tensor) -> Tensor | None:
+        """When measuring: norm of the slow average over norm of the clipped gradient."""
+        if not self.measure or self.gradient_filter is None:
             return None
-        home = {p: o.state for o in self.optimizers for g in o.param_groups for p in g["params"]}
-        self.gradient_filter.store_(lambda p: home[p][p])
-        if clipped is None:
+        state = self.state
+        slow = [state[p][SLOW] for p in params if SLOW in state.get(p, {})]
+        return _total_norm(slow) / clipped_norm if slow else None
+
+    def _flip_share(self, before: Sequence[Tensor]) -> Tensor | None:
+        """Share of codes that differ from those ``before`` of the trained layers; None without any."""
+        if not before:
             return None
-        slow = [own["slow_gradient"] for own in self.state.values() if "slow_gradient" in own]
-        return _total_norm(slow) / clipped
+        flips = [
+            (old != layer.codes).sum() for old, layer in zip(before, self._trained_layers(), strict=True)
+        ]
+        return torch.stack(flips).sum() / sum(layer.codes.numel() for layer in self._layers)
 
     def _update_or_undo(
         self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor, nonfinite: Tensor
@@ -232,8 +284,12 @@ class BitNetOptimizer(Optimizer):
         ]
         before = [t.clone() for t in changed]
         torch._foreach_copy_(grads, [torch.where(nonfinite, 0.0, g) for g in grads])
-        ratio = self._update(params, grads, torch.where(nonfinite, 1.0, norm))
-        flips = self._requantize_measured()
+        norm = torch.where(nonfinite, 1.0, norm)
+        factor, layers = self._clip_factor(norm), self._trained_layers()
+        codes = [layer.codes.clone() for layer in layers] if self.measure else []
+        self._general_update(params, factor, self.optimizers)
+        requantize_layers(layers)
+        ratio, flips = self._slow_ratio(params, norm * factor), self._flip_share(codes)
         for now, old in zip(changed, before, strict=True):
             now.copy_(torch.where(nonfinite, old, now))
         return ratio, flips
@@ -241,17 +297,6 @@ class BitNetOptimizer(Optimizer):
     def _trained_layers(self) -> list[TernaryWeight]:
         """Layers whose latent may move; a frozen one keeps its codes, drawn ones too."""
         return [layer for layer in self._layers if layer.weight.requires_grad]
-
-    def _requantize_measured(self) -> Tensor | None:
-        """Derive the codes again; when measuring, the share of them that changed."""
-        layers = self._trained_layers()
-        if not (self.measure and layers):
-            requantize_layers(layers)
-            return None
-        before = [layer.codes.clone() for layer in layers]
-        requantize_layers(layers)
-        flips = [(old != layer.codes).sum() for old, layer in zip(before, layers, strict=True)]
-        return torch.stack(flips).sum() / sum(layer.codes.numel() for layer in self._layers)
 
     def zero_share(self) -> Tensor | None:
         """Share of zero codes over all ternary layers, () float32; None without any."""
@@ -278,6 +323,7 @@ class BitNetOptimizer(Optimizer):
             )
         for optimizer, own in zip(self.optimizers, saved, strict=True):
             optimizer.load_state_dict(own)
+            _restore_averages(optimizer, own)
         self.steps = state_dict["steps"]
         # Loading replaces the group dicts of the wrapped optimizers.
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
@@ -288,13 +334,27 @@ def _release(layers: Iterable[TernaryWeight]) -> None:
         layer.codes_are_current = False
 
 
+def _restore_averages(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Give slow averages the type that they were saved in; torch loads all state in that of the parameter."""
+    indices = (i for g in saved["param_groups"] for i in g["params"])
+    for index, p in zip(indices, (p for g in optimizer.param_groups for p in g["params"]), strict=True):
+        average = saved["state"].get(index, {}).get(SLOW)
+        if average is not None and average.dtype != p.dtype:
+            optimizer.state[p][SLOW] = average.to(p.device, copy=True)
+
+
 def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, () float32.
 
-    On a CPU by dot products: torch's norm adds up in float32 one by one there, 0.1% off at 4096 x 4096.
+    On a CPU by a kernel in float64, or by dot products: torch's norm adds up in float32 one by one there,
+    0.1% off at 4096 x 4096.
     """
     if tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors)
+    plain = [t for t in tensors if t.layout is torch.strided and t.is_contiguous()]
+    if len(plain) == len(tensors) and all(t.dtype == torch.float32 for t in plain) and native.available():
+        squares = torch.ops.forge.sum_of_squares([t.detach() for t in plain])
+        return torch.tensor(squares, dtype=torch.float64).sqrt().float()
     flat = [t.detach().float().reshape(-1) for t in tensors]
     return torch.stack([torch.dot(t, t) for t in flat]).double().sum().sqrt().float()
 

@@ -11,7 +11,8 @@ Lee et al. 2024 (arXiv:2405.20233). With g the gradient, mu its slow average and
 ============  =====================================  ===========================================
 
 The user's gain is constant; a warm-up and a factor per phase may shape it. The average lives in
-``optimizer.state[p]["slow_gradient"]``, so whatever carries optimizer state carries it.
+``optimizer.state[p]["slow_gradient"]``, so whatever carries optimizer state carries it. It is float32, or
+bfloat16 on request (:mod:`phase5_training.slow_average`), also where gradients are of a shorter type.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from phase4_bitnet import native
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.phases import Phase, Schedule
+from phase5_training.slow_average import SLOW, LinearFilter, filter_in_float32_
 
 FILTERS: tuple[str, ...] = ("ema", "ma", "high_pass")
-SLOW = "slow_gradient"
+AVERAGE_DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 WINDOW = "gradient_window"
 COUNT = "gradient_count"
 
@@ -43,6 +46,8 @@ class GrokfastConfig:
         unit_gain: divide by (1 + l), so that a constant gradient passes unchanged.
         gain_warmup_steps: raise l linearly from 0 over this many optimizer steps.
         phase_gains: factor on l by phase; phases that are not named have 1.
+        average_dtype: "float32", or "bfloat16" for half the memory of the average, for "ema" and
+            "high_pass"; rounded at random, so that it does not stall.
     """
 
     alpha: float = 0.98
@@ -52,6 +57,7 @@ class GrokfastConfig:
     unit_gain: bool = False
     gain_warmup_steps: int = 0
     phase_gains: Mapping[str, float] = field(default_factory=dict)
+    average_dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < 1:
@@ -71,6 +77,15 @@ class GrokfastConfig:
                 f"window={self.window} must be at least 1, "
                 f"gain_warmup_steps={self.gain_warmup_steps} at least 0"
             )
+        if self.average_dtype not in AVERAGE_DTYPES:
+            raise UsageError(
+                f"average_dtype={self.average_dtype!r} is not known; use one of {', '.join(AVERAGE_DTYPES)}"
+            )
+        if self.average_dtype != "float32" and self.filter == "ma":
+            raise UsageError(
+                "filter='ma' keeps a window of gradients, not a running average; "
+                "use average_dtype='float32', or filter='ema'"
+            )
         for name in self.phase_gains:
             if name not in set(Phase):
                 raise UsageError(f"phase_gains has {name!r}; the phases are {', '.join(Phase)}")
@@ -81,23 +96,29 @@ class GrokfastConfig:
         return self.lambda_reg * ramp * (self.phase_gains.get(phase, 1.0) if phase else 1.0)
 
 
-def filter_ema_(grads: list[Tensor], slow: list[Tensor], alpha: float, gain: float) -> None:
-    """Update the slow averages and add ``gain`` times them to the gradients, in place.
+def filter_linear_(
+    grads: list[Tensor], slow: list[Tensor], linear: LinearFilter, seeds: Sequence[int] = ()
+) -> None:
+    """Update the slow averages and filter the gradients, in place.
 
     Args:
         grads: gradients, any shapes, overwritten.
-        slow: averages of the same shapes, overwritten.
-        alpha: decay. gain: l.
+        slow: averages of the same shapes, of the type that the filter asks for, overwritten.
+        linear: the filter.
+        seeds: for the rounding of bfloat16 averages, one for each gradient.
     """
-    torch._foreach_lerp_(slow, grads, 1 - alpha)
-    torch._foreach_add_(grads, slow, alpha=gain)
-
-
-def filter_high_pass_(grads: list[Tensor], slow: list[Tensor], alpha: float, gain: float) -> None:
-    """Update the slow averages and add ``gain`` times (gradient - average), in place."""
-    torch._foreach_lerp_(slow, grads, 1 - alpha)
-    torch._foreach_mul_(grads, 1 + gain)
-    torch._foreach_add_(grads, slow, alpha=-gain)
+    plain = all(g.dtype == torch.float32 and g.is_cpu and g.is_contiguous() for g in grads)
+    if plain and all(s.is_contiguous() for s in slow) and native.available():
+        torch.ops.forge.filter_gradients_(
+            grads, slow, list(seeds), linear.decay, linear.of_gradient, linear.of_average
+        )
+    elif all(g.dtype == s.dtype for g, s in zip(grads, slow, strict=True)):
+        torch._foreach_lerp_(slow, grads, 1 - linear.decay)
+        if linear.of_gradient != 1:
+            torch._foreach_mul_(grads, linear.of_gradient)
+        torch._foreach_add_(grads, slow, alpha=linear.of_average)
+    else:
+        filter_in_float32_(grads, slow, linear, seeds)
 
 
 class GradientFilter:
@@ -116,6 +137,17 @@ class GradientFilter:
         """l at optimizer step ``step``, counted from 0."""
         return self.config.gain(step, self.schedule.phase(step) if self.schedule else None)
 
+    def linear(self, step: int) -> LinearFilter | None:
+        """The figures of the filter at optimizer step ``step``; None for "ma", which is no such filter."""
+        config, gain = self.config, self.gain(step)
+        if config.filter == "ma":
+            return None
+        high_pass = config.filter == "high_pass"
+        of_gradient, of_average = (1 + gain, -gain) if high_pass else (1.0, gain)
+        unit = 1 + gain if config.unit_gain else 1.0
+        half = config.average_dtype == "bfloat16"
+        return LinearFilter(config.alpha, of_gradient / unit, of_average / unit, half)
+
     @torch.no_grad()
     def filter_(self, params: Sequence[nn.Parameter], state: Mapping[Any, Any], step: int) -> None:
         """Filter ``p.grad`` of each parameter in place.
@@ -128,26 +160,27 @@ class GradientFilter:
         # torch's optimizers take a parameter with any state for one they have seen, so the first
         # averages wait until the optimizer has made its own state (store_).
         self._new = []
+        linear = self.linear(step)
         averages: list[dict[str, Tensor]] = []
         for p in params:
+            assert p.grad is not None
             own = state.get(p, {})
             if SLOW not in own:
-                assert p.grad is not None
                 own = self._first_state(p.grad)
                 self._new.append((p, own))
+            if linear is not None and own[SLOW].dtype != (wanted := linear.dtype(p.grad)):
+                own[SLOW] = own[SLOW].to(wanted)
             averages.append(own)
         grads = [p.grad for p in params if p.grad is not None]
-        gain, alpha = self.gain(step), self.config.alpha
         if not grads:
             return
-        if self.config.filter == "ma":
+        if linear is None:
+            gain = self.gain(step)
             self._filter_ma_(grads, averages, gain)
-        elif self.config.filter == "high_pass":
-            filter_high_pass_(grads, [a[SLOW] for a in averages], alpha, gain)
+            if self.config.unit_gain:
+                torch._foreach_div_(grads, 1 + gain)
         else:
-            filter_ema_(grads, [a[SLOW] for a in averages], alpha, gain)
-        if self.config.unit_gain:
-            torch._foreach_div_(grads, 1 + gain)
+            filter_linear_(grads, [own[SLOW] for own in averages], linear, linear.seeds(step, len(grads)))
 
     def store_(self, state_of: Callable[[nn.Parameter], dict[str, Any]]) -> None:
         """Hand averages that were made in this step to the optimizer's state, after its step.
