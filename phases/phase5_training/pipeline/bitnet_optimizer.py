@@ -24,6 +24,7 @@ from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layer
 from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.fused_step import FusedStep, fused_step
+from phase5_training.muon import muon_class
 from phase5_training.slow_average import SLOW
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
@@ -382,8 +383,9 @@ def build_optimizer(
     Matrices and embeddings decay; biases, gains and ``extra`` do not.
 
     Args:
-        name: "muon" (and "auto") uses :class:`torch.optim.Muon` for hidden matrices and AdamW for the
-            rest, "adamw" and "sgd" (momentum 0.9) one optimizer for all.
+        name: "muon" (and "auto") uses Muon for hidden matrices (:mod:`phase5_training.muon` chooses
+            the implementation) and AdamW for the rest, "adamw" and "sgd" (momentum 0.9) one
+            optimizer for all.
         model: parameters with ``requires_grad``.
         learning_rate, weight_decay: for every group.
         extra: parameters of the loss, not decayed.
@@ -413,7 +415,7 @@ def build_optimizer(
     optimizers: list[Optimizer] = []
     if muon:
         optimizers.append(
-            torch.optim.Muon(
+            muon_class(muon)(
                 muon, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
             )
         )
