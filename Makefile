@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint typecheck format clean distclean
+.PHONY: help demo test check lint typecheck format bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,12 @@ format: $(VENV)/dev.stamp ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# A case whose library is missing keeps its row with the error, so the libraries come first.
+bench: $(VENV)/bench.stamp ## measure against float layers and other libraries; hours; replaces the records
+	@set -e; for script in benchmarks/bench_*.py; do \
+		echo "$$script"; $(BIN)/python "$$script" $(ARGS); \
+	done
+
 clean: ## remove caches and build leftovers
 	rm -rf build dist phases/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find phases tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
@@ -55,3 +61,8 @@ $(VENV)/dev.stamp: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "Installing Forge and its development tools into $(VENV); this takes a minute or two the first time."
 	@$(PIP_INSTALL) --editable ".[dev]"
 	@touch $@ $(VENV)/run.stamp
+
+$(VENV)/bench.stamp: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	@echo "Installing Forge and the libraries it is compared with into $(VENV)."
+	@$(PIP_INSTALL) --editable ".[tasks,bench]"
+	@touch $@

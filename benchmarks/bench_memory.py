@@ -3,7 +3,7 @@
     python benchmarks/bench_memory.py                                   # widths 384 and 768, 4096 tokens
     python benchmarks/bench_memory.py --width 384 768 --tokens 4096 8192
 
-Each measurement is a process of its own; they take turns over the repeats. Rows of --output, one a case,
+Each measurement is a process of its own; they take turns, round by round. Rows of --output, one a case,
 shape and way (compiled or not), hold medians and raw figures in bytes of
 
     process   the highest resident size of the process during three steps after the warm-up (VmHWM, which
@@ -46,6 +46,7 @@ DEFAULT_CASES = (
 )  # fmt: skip
 FIGURES = ("process", "above", "tensors", "resident")
 STEPS = 3
+RECORD = Path(__file__).parent / "records" / "memory.jsonl"
 
 
 def prepare(
@@ -134,7 +135,7 @@ def _status(field: str) -> int:
 
 
 def compare(
-    names: list[str], shape: Shape, compiled: bool, *, device: str, threads: int, repeats: int
+    names: list[str], shape: Shape, compiled: bool, *, device: str, threads: int, rounds: int
 ) -> list[dict[str, Any]]:
     """One row a case, in the order given."""
     console = Console(stderr=True)
@@ -142,10 +143,10 @@ def compare(
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     facts: dict[str, dict[str, Any]] = {}
     errors: dict[str, str] = {}
-    for number, name in itertools.product(range(repeats), names):
+    for number, name in itertools.product(range(rounds), names):
         if name in errors:
             continue
-        console.print(f"width {shape.width}, {shape.tokens} tokens, {way}, {number + 1} of {repeats}: {name}")
+        console.print(f"width {shape.width}, {shape.tokens} tokens, {way}, {number + 1} of {rounds}: {name}")
         try:
             worker = Worker(prepare, name, shape, device, threads, compiled)
             facts[name] = worker.facts
@@ -165,7 +166,7 @@ def compare(
         row = {
             "case": name, "title": CASES[name].title, "kind": CASES[name].kind, "way": way,
             "width": shape.width, "layers": shape.layers, "heads": shape.heads, "tokens": shape.tokens,
-            "length": shape.length, "device": device, "threads": threads, "repeats": repeats,
+            "length": shape.length, "device": device, "threads": threads, "rounds": rounds,
         }  # fmt: skip
         if name in errors:
             rows.append(row | {"error": errors[name]})
@@ -217,12 +218,12 @@ def main() -> None:
     parser.add_argument("--width", type=int, nargs="+", default=[384, 768])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--cases", nargs="+", default=[], help="names, or how they begin; see cases.py")
     parser.add_argument("--way", choices=("both", "compiled", "eager"), default="both")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/memory.jsonl"))
+    parser.add_argument("--output", type=Path, default=RECORD)
     found = parser.parse_args()
     names = choose(found.cases, DEFAULT_CASES)
     device = found.device
@@ -232,12 +233,11 @@ def main() -> None:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would announce itself each time
     console = Console(width=160)
+    found.output.unlink(missing_ok=True)
     for width, tokens in itertools.product(found.width, found.tokens):
         shape = Shape(width=width, layers=found.layers, tokens=tokens)
         for compiled in {"both": (True, False), "compiled": (True,), "eager": (False,)}[found.way]:
-            rows = compare(
-                names, shape, compiled, device=device, threads=found.threads, repeats=found.repeats
-            )
+            rows = compare(names, shape, compiled, device=device, threads=found.threads, rounds=found.rounds)
             write_rows(found.output, [row | circumstances() for row in rows])
             console.print(table(rows, shape, compiled))
 

@@ -6,9 +6,10 @@
 A step is forward, loss, backward, optimizer step and zero_grad, on random bytes. Each case runs compiled in
 a process of its own and they take turns (interleave.py): in a turn a case takes one step that is not timed
 and then as many as fill a quarter of a second. Ratios are medians over the rounds, with quartiles, of a
-case's time over a baseline's in the same round. One JSON object a case and shape goes to --output; what a
-case is stands in cases.py. A case that cannot be compiled runs without and says why; one that cannot run
-is in the output with the error.
+case's time over a baseline's in the same round.
+
+What a case is stands in cases.py. --output is replaced; it gets one JSON object a case and shape. A case that
+cannot be compiled runs without and says why; one that cannot run is in the output with the error.
 
 On CUDA times come from events, and each row also has the allocator's peak, model FLOPs over the stated
 peak (--peak-tflops) and the share of a profiled step in which a kernel ran.
@@ -42,6 +43,7 @@ from interleave import (
 BASELINES = ("float-fp32", "float-bf16")
 DEFAULT_CASES = tuple(name for name in CASES if "grokfast" not in name)
 TURN_SECONDS = 0.25
+RECORD = Path(__file__).parent / "records" / "step.jsonl"
 # Dense bf16 tensor-core TFLOP/s by the maker's data sheet; utilization is stated against it.
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L4": 121.0}
 
@@ -233,7 +235,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
     parser.add_argument("--peak-tflops", type=float, help="of the device, for the utilization")
-    parser.add_argument("--output", type=Path, default=Path("runs/bench/step.jsonl"))
+    parser.add_argument("--output", type=Path, default=RECORD)
     found = parser.parse_args()
     names = choose(found.cases, DEFAULT_CASES)
     device = found.device
@@ -246,6 +248,7 @@ def main() -> None:
     # Compiling must not leave a pool of helper processes behind in each case's process.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     console = Console(width=160)
+    found.output.unlink(missing_ok=True)
     for width in found.width:
         for tokens in found.tokens:
             shape = Shape(width=width, layers=found.layers or (2 if width >= 1536 else 6), tokens=tokens)

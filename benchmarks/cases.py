@@ -339,8 +339,19 @@ CASES: dict[str, Case] = {
         build=_forge("int8", grokfast={}),
         autocast=_BF16,
     ),
+    "forge-int8-grokfast-bf16": Case(
+        title="Forge, int8 backward, bf16 autocast, Grokfast with a bf16 average",
+        kind="forge",
+        build=_forge("int8", grokfast={"average_dtype": "bfloat16"}),
+        autocast=_BF16,
+    ),
     "forge-int8-fp32-grokfast": Case(
         title="Forge, int8 backward, float32, Grokfast", kind="forge", build=_forge("int8", grokfast={})
+    ),
+    "forge-int8-fp32-grokfast-bf16": Case(
+        title="Forge, int8 backward, float32, Grokfast with a bf16 average",
+        kind="forge",
+        build=_forge("int8", grokfast={"average_dtype": "bfloat16"}),
     ),
 }
 
