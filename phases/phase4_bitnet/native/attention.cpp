@@ -4,7 +4,6 @@
 // in blocks of queries against all the keys they may see. Nothing is permuted in memory, keys after the
 // block are never multiplied, and backward keeps only the log of the softmax's sums.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -14,7 +13,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
+
+#include "parallel.h"
 
 namespace forge {
 namespace {
@@ -24,46 +24,49 @@ using at::Tensor;
 constexpr int64_t kBlock = 32;  // queries a block; also what the length is padded to
 constexpr int64_t kRows = 8;    // rows of a product in registers
 
-// C (+)= A B for kRows rows and Vectors * 16 columns; A(r, k) at a + r * row_stride + k * step.
-template <int Vectors, bool Accumulate>
-inline void multiply_tile(int64_t inner, const float* a, int64_t row_stride, int64_t step, const float* b,
-                          int64_t b_stride, float* c, int64_t c_stride) {
+// C (+)= A B for kRows rows and Vectors * 16 columns. A's rows are `a_stride` apart, or its columns are
+// where it is Transposed.
+template <int Vectors, bool Accumulate, bool Transposed>
+inline void multiply_tile(int64_t inner, const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                          float* c, int64_t c_stride) {
   __m512 sum[kRows][Vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v)
       sum[r][v] = Accumulate ? _mm512_loadu_ps(c + r * c_stride + v * 16) : _mm512_setzero_ps();
   for (int64_t k = 0; k < inner; ++k) {
     __m512 right[Vectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < Vectors; ++v) right[v] = _mm512_loadu_ps(b + k * b_stride + v * 16);
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) right[v] = _mm512_loadu_ps(b + v * 16);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const __m512 left = _mm512_set1_ps(a[r * row_stride + k * step]);
-#pragma GCC unroll 2
+      const __m512 left = _mm512_set1_ps(Transposed ? a[r] : a[r * a_stride]);
+#pragma GCC unroll 4
       for (int v = 0; v < Vectors; ++v) sum[r][v] = _mm512_fmadd_ps(left, right[v], sum[r][v]);
     }
+    a += Transposed ? a_stride : 1;
+    b += b_stride;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < Vectors; ++v) _mm512_storeu_ps(c + r * c_stride + v * 16, sum[r][v]);
 }
 
 // rows in multiples of kRows, columns of 16.
-template <bool Accumulate>
-void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t row_stride, int64_t step,
-              const float* b, int64_t b_stride, float* c, int64_t c_stride) {
+template <bool Accumulate, bool Transposed>
+void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t a_stride, const float* b,
+              int64_t b_stride, float* c, int64_t c_stride) {
   for (int64_t j = 0; j < columns;) {
     const bool wide = columns - j >= 32;
     for (int64_t i = 0; i < rows; i += kRows) {
-      const float* left = a + i * row_stride;
+      const float* left = Transposed ? a + i : a + i * a_stride;
       float* out = c + i * c_stride + j;
       if (wide)
-        multiply_tile<2, Accumulate>(inner, left, row_stride, step, b + j, b_stride, out, c_stride);
+        multiply_tile<2, Accumulate, Transposed>(inner, left, a_stride, b + j, b_stride, out, c_stride);
       else
-        multiply_tile<1, Accumulate>(inner, left, row_stride, step, b + j, b_stride, out, c_stride);
+        multiply_tile<1, Accumulate, Transposed>(inner, left, a_stride, b + j, b_stride, out, c_stride);
     }
     j += wide ? 32 : 16;
   }
@@ -89,6 +92,9 @@ struct Shape {
       : batch(qkv.size(0)), length(qkv.size(1)), heads(qkv.size(3)), width(qkv.size(4)),
         padded((length + kBlock - 1) / kBlock * kBlock) {}
   int64_t matrix() const { return padded * width; }
+  // From row to row of a matrix whose rows are keys. A power of two would put a column of it into few sets
+  // of the cache, which then evict each other.
+  int64_t key_stride() const { return padded + 16; }
   // Floats from one position of the projection to the next, and from q to k and k to v.
   int64_t position() const { return 3 * heads * width; }
   int64_t part() const { return heads * width; }
@@ -98,27 +104,29 @@ struct Shape {
 inline void rotate(const float* x, const float* cos, const float* sin, float turn, float factor, int64_t width,
                    float* out) {
   const int64_t half = width / 2;
-  for (int64_t d = 0; d < half; ++d) {
+  const __m512 by = _mm512_set1_ps(factor), back = _mm512_set1_ps(turn);
+  for (int64_t d = 0; d < half; d += 16) {
+    const __mmask16 mask = half - d >= 16 ? 0xffff : static_cast<__mmask16>((1u << (half - d)) - 1);
     // Both halves of the tables are equal, so the transpose of the rotation is the rotation back.
-    const float c = cos[d] * factor, s = sin[d] * factor * turn;
-    const float first = x[d], second = x[d + half];
-    out[d] = first * c - second * s;
-    out[d + half] = second * c + first * s;
+    const __m512 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, cos + d), by);
+    const __m512 s = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sin + d), by), back);
+    const __m512 first = _mm512_maskz_loadu_ps(mask, x + d), second = _mm512_maskz_loadu_ps(mask, x + half + d);
+    _mm512_mask_storeu_ps(out + d, mask, _mm512_fnmadd_ps(second, s, _mm512_mul_ps(first, c)));
+    _mm512_mask_storeu_ps(out + half + d, mask, _mm512_fmadd_ps(first, s, _mm512_mul_ps(second, c)));
   }
 }
 
-// (padded, width) -> (width, padded)
-void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+// (rows, columns) -> (columns, rows), `stride` apart
+void transpose(const float* from, int64_t rows, int64_t columns, int64_t stride, float* to) {
   for (int64_t i = 0; i < rows; i += 16)
     for (int64_t j = 0; j < columns; ++j)
-      for (int64_t r = 0; r < 16; ++r) to[j * rows + i + r] = from[(i + r) * columns + j];
+      for (int64_t r = 0; r < 16; ++r) to[j * stride + i + r] = from[(i + r) * columns + j];
 }
 
-struct Scratch {
-  std::unique_ptr<float[]> memory;
+// Cuts a thread's scratch into matrices.
+struct Cutter {
   float* next;
 
-  explicit Scratch(int64_t floats) : memory(new float[floats]), next(memory.get()) {}
   float* take(int64_t floats) {
     float* own = next;
     next += floats;
@@ -144,34 +152,29 @@ inline __mmask16 seen(int64_t row, int64_t column) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-template <typename Task>
-void for_each_head(const Shape& s, const Task& task) {
-  at::parallel_for(0, s.batch * s.heads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) task(i / s.heads, i % s.heads);
-  });
-}
-
 std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv_in, const Tensor& cos_in, const Tensor& sin_in) {
   const Tensor qkv = qkv_in.contiguous(), cos = cos_in.contiguous(), sin = sin_in.contiguous();
   const Shape s(qkv);
   Tensor out = at::empty({s.batch, s.length, s.part()}, qkv.options());
   Tensor log_sums = at::empty({s.batch, s.heads, s.length}, qkv.options());
-  for_each_head(s, [&](int64_t sample, int64_t head) {
-    Scratch scratch(4 * s.matrix() + kBlock * (s.padded + s.width));
+  const int64_t stride = s.key_stride(), floats = 3 * s.matrix() + stride * (s.width + kBlock) + kBlock * s.width;
+  for_each_task(s.batch * s.heads, floats, [&](int64_t task, float* memory) {
+    const int64_t sample = task / s.heads, head = task % s.heads;
+    Cutter scratch{memory};
     float *q = scratch.take(s.matrix()), *k = scratch.take(s.matrix()), *v = scratch.take(s.matrix());
-    float *k_t = scratch.take(s.matrix()), *scores = scratch.take(kBlock * s.padded);
+    float *k_t = scratch.take(s.width * stride), *scores = scratch.take(kBlock * stride);
     float* mixed = scratch.take(kBlock * s.width);
     gather(qkv.const_data_ptr<float>() + sample * s.length * s.position() + head * s.width, s,
            cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), q, k, v);
-    transpose(k, s.padded, s.width, k_t);
+    transpose(k, s.padded, s.width, stride, k_t);
     float* to = out.mutable_data_ptr<float>() + sample * s.length * s.part() + head * s.width;
     float* logs = log_sums.mutable_data_ptr<float>() + (sample * s.heads + head) * s.length;
     for (int64_t first = 0; first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock, last = std::min(s.length, keys);
-      multiply<false>(kBlock, keys, s.width, q + first * s.width, s.width, 1, k_t, s.padded, scores, keys);
+      multiply<false, false>(kBlock, keys, s.width, q + first * s.width, s.width, k_t, stride, scores, stride);
       float factors[kBlock];
       for (int64_t i = first; i < last; ++i) {
-        float* row = scores + (i - first) * keys;
+        float* row = scores + (i - first) * stride;
         __m512 top = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (int64_t j = 0; j <= i; j += 16)
           top = _mm512_mask_max_ps(top, seen(i, j), top, _mm512_loadu_ps(row + j));
@@ -187,7 +190,7 @@ std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv_in, const Tensor& 
         factors[i - first] = 1.0f / sum;
         logs[i] = largest + std::log(sum);
       }
-      multiply<false>(kBlock, s.width, keys, scores, keys, 1, v, s.width, mixed, s.width);
+      multiply<false, false>(kBlock, s.width, keys, scores, stride, v, s.width, mixed, s.width);
       for (int64_t i = first; i < last; ++i)
         for (int64_t d = 0; d < s.width; ++d)
           to[i * s.part() + d] = mixed[(i - first) * s.width + d] * factors[i - first];
@@ -202,18 +205,21 @@ Tensor causal_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
   const Tensor sin = sin_in.contiguous(), out = out_in.contiguous(), log_sums = log_sums_in.contiguous();
   const Shape s(qkv);
   Tensor grad_qkv = at::empty_like(qkv);
-  for_each_head(s, [&](int64_t sample, int64_t head) {
-    Scratch scratch(9 * s.matrix() + 2 * kBlock * s.padded + 2 * s.padded);
+  const int64_t stride = s.key_stride(), floats = 7 * s.matrix() + 2 * stride * (s.width + kBlock) + 2 * s.padded;
+  for_each_task(s.batch * s.heads, floats, [&](int64_t task, float* memory) {
+    const int64_t sample = task / s.heads, head = task % s.heads;
+    Cutter scratch{memory};
     float *q = scratch.take(s.matrix()), *k = scratch.take(s.matrix()), *v = scratch.take(s.matrix());
-    float *k_t = scratch.take(s.matrix()), *v_t = scratch.take(s.matrix()), *d_out = scratch.take(s.matrix());
+    float *k_t = scratch.take(s.width * stride), *v_t = scratch.take(s.width * stride);
+    float* d_out = scratch.take(s.matrix());
     float *d_q = scratch.take(s.matrix()), *d_k = scratch.take(s.matrix()), *d_v = scratch.take(s.matrix());
-    float *weights = scratch.take(kBlock * s.padded), *d_scores = scratch.take(kBlock * s.padded);
+    float *weights = scratch.take(kBlock * stride), *d_scores = scratch.take(kBlock * stride);
     float *logs = scratch.take(s.padded), *deltas = scratch.take(s.padded);
     const int64_t offset = sample * s.length * s.position() + head * s.width;
     const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
     gather(qkv.const_data_ptr<float>() + offset, s, cosines, sines, q, k, v);
-    transpose(k, s.padded, s.width, k_t);
-    transpose(v, s.padded, s.width, v_t);
+    transpose(k, s.padded, s.width, stride, k_t);
+    transpose(v, s.padded, s.width, stride, v_t);
     std::memset(d_k, 0, s.matrix() * sizeof(float));
     std::memset(d_v, 0, s.matrix() * sizeof(float));
     std::memset(d_out, 0, s.matrix() * sizeof(float));
@@ -232,10 +238,10 @@ Tensor causal_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
     for (int64_t first = 0; first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock;
       const float *q_own = q + first * s.width, *d_own = d_out + first * s.width;
-      multiply<false>(kBlock, keys, s.width, q_own, s.width, 1, k_t, s.padded, weights, keys);
-      multiply<false>(kBlock, keys, s.width, d_own, s.width, 1, v_t, s.padded, d_scores, keys);
+      multiply<false, false>(kBlock, keys, s.width, q_own, s.width, k_t, stride, weights, stride);
+      multiply<false, false>(kBlock, keys, s.width, d_own, s.width, v_t, stride, d_scores, stride);
       for (int64_t i = first; i < keys; ++i) {
-        float *weight = weights + (i - first) * keys, *d_score = d_scores + (i - first) * keys;
+        float *weight = weights + (i - first) * stride, *d_score = d_scores + (i - first) * stride;
         const __m512 log = _mm512_set1_ps(logs[i]), delta = _mm512_set1_ps(deltas[i]);
         for (int64_t j = 0; j < keys; j += 16) {
           const __m512 p = _mm512_maskz_mov_ps(
@@ -244,9 +250,9 @@ Tensor causal_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
           _mm512_storeu_ps(d_score + j, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(d_score + j), delta)));
         }
       }
-      multiply<true>(keys, s.width, kBlock, weights, 1, keys, d_own, s.width, d_v, s.width);
-      multiply<true>(keys, s.width, kBlock, d_scores, 1, keys, q_own, s.width, d_k, s.width);
-      multiply<false>(kBlock, s.width, keys, d_scores, keys, 1, k, s.width, d_q + first * s.width, s.width);
+      multiply<true, true>(keys, s.width, kBlock, weights, stride, d_own, s.width, d_v, s.width);
+      multiply<true, true>(keys, s.width, kBlock, d_scores, stride, q_own, s.width, d_k, s.width);
+      multiply<false, false>(kBlock, s.width, keys, d_scores, stride, k, s.width, d_q + first * s.width, s.width);
     }
     const float scale = 1.0f / std::sqrt(static_cast<float>(s.width));
     float* to = grad_qkv.mutable_data_ptr<float>() + offset;

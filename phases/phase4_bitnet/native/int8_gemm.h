@@ -5,13 +5,13 @@
 // left row is taken off again: a * b = a * (b + offset) - offset * sum(a). All of it is exact.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
+
+#include "parallel.h"
 
 namespace forge {
 
@@ -20,22 +20,6 @@ constexpr int64_t kVectors = 3;                   // vectors of 16 columns of th
 constexpr int64_t kTileColumns = 16 * kVectors;   // 24 accumulators in all
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Run task(i) for i in [0, count) on torch's threads. Tasks are taken one by one: on a shared machine the
-// threads do not run at one speed, and equal shares would wait for the slowest.
-template <typename Task>
-void for_each_task(int64_t count, const Task& task) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), count);
-  if (threads <= 1 || at::in_parallel_region()) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t i = next++; i < count; i = next++) task(i);
-  });
-}
 
 // Accumulate Rows x kTileColumns products over `steps` groups of four.
 //

@@ -6,8 +6,6 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <vector>
-
 #include "int8_gemm.h"
 
 namespace forge {
@@ -155,76 +153,98 @@ Tensor input_gradient(const Tensor& q, const Tensor& q_scale, int64_t n, const T
   return out;
 }
 
-// The gradient times the input's row scale, quantized per column and block of rows, four rows interleaved
-// and kTileRows columns side by side: [n / kTileRows][m / 4][kTileRows][4].
+// Both operands of the weight gradient in the order in which they are read, block of rows by block.
 struct FoldedGradient {
-  Tensor bytes, scales, sums;  // scales and sums: [blocks][n_padded]
-  int64_t block, blocks, steps, n_padded;
+  Tensor left;    // the gradient times the input's row scale: [block][n tile][step][kTileRows][4] int8
+  Tensor right;   // the input, shifted by 128: [panel][block][step][kTileColumns][4]
+  Tensor scales;  // [block][n_padded] float32, of the left one's columns
+  Tensor sums;    // [block][n_padded] int32, sums of its bytes by column
+  int64_t block, blocks, block_steps, n_padded;
+
+  FoldedGradient(int64_t m, int64_t n, int64_t k, int64_t block, const at::TensorOptions& options)
+      : block(block), blocks(ceil_div(m, block)), block_steps(ceil_div(block, 8) * 2), n_padded(ceil_div(n, 16) * 16) {
+    const int64_t steps = blocks * block_steps;
+    left = at::empty({steps * n_padded * 4}, options.dtype(at::kChar));
+    right = empty_bytes(ceil_div(k, kTileColumns) * steps * kTileColumns * 4);
+    scales = at::empty({blocks, n_padded}, options);
+    sums = at::empty({blocks, n_padded}, options.dtype(at::kInt));
+  }
+  int64_t left_tile() const { return block_steps * kTileRows * 4; }
+  int64_t right_block() const { return block_steps * kTileColumns * 4; }
 };
 
-// One block of `count` rows, from its first row on.
-void fold_block(const float* grad, const float* row_scale, int64_t n, int64_t count, float floor,
-                int64_t first_step, int64_t steps, int8_t* bytes, float* scales, int32_t* sums) {
-  for (int64_t j = 0; j < n; j += 16) {
-    const __mmask16 mask = tail_mask(n - j);
-    __m512i top = _mm512_setzero_si512();
-    for (int64_t i = 0; i < count; ++i) {
-      const __m512 folded = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, grad + i * n + j), _mm512_set1_ps(row_scale[i]));
-      top = _mm512_max_epu32(top, magnitude_bits(folded));
-    }
-    __m512 largest = _mm512_castsi512_ps(top);
-    const __m512 least = _mm512_set1_ps(floor);
-    largest = _mm512_mask_mov_ps(largest, _mm512_cmp_ps_mask(largest, least, _CMP_LT_OQ), least);
-    _mm512_storeu_ps(scales + j, _mm512_div_ps(largest, _mm512_set1_ps(kInt8Max)));
-    const __m512 factor = _mm512_mul_ps(_mm512_div_ps(_mm512_set1_ps(1.0f), largest), _mm512_set1_ps(kInt8Max));
-    __m512i total = _mm512_setzero_si512();
-    const __m512i ones = _mm512_set1_epi8(1), low = _mm512_set1_epi32(0xff);
-    for (int64_t i = 0; i < count; i += 4) {
-      __m512i four = _mm512_setzero_si512();
-      for (int64_t r = 0; r < 4 && i + r < count; ++r) {
-        const __m512 x = _mm512_maskz_loadu_ps(mask, grad + (i + r) * n + j);
-        const __m512 folded = _mm512_mul_ps(x, _mm512_set1_ps(row_scale[i + r]));
-        const __m512i q = _mm512_and_si512(_mm512_cvtps_epi32(_mm512_mul_ps(folded, factor)), low);
-        four = _mm512_or_si512(four, _mm512_sll_epi32(q, _mm_cvtsi32_si128(static_cast<int>(8 * r))));
-      }
-      total = _mm512_dpbusd_epi32(total, ones, four);
-      const int64_t step = first_step + i / 4;
-      for (int64_t half = 0; half < 2; ++half) {
-        int8_t* to = bytes + (((j / kTileRows + half) * steps) + step) * kTileRows * 4;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half ? _mm512_extracti64x4_epi64(four, 1)
-                                                                 : _mm512_castsi512_si256(four));
-      }
-    }
-    _mm512_storeu_si512(sums + j, total);
+// The largest magnitude of x * factor by column, as bits, into `top`.
+inline void raise_columns(const float* x, int64_t count, float factor, uint32_t* top) {
+  const __m512 by = _mm512_set1_ps(factor);
+  for (int64_t j = 0; j < count; j += 16) {
+    const __mmask16 mask = tail_mask(count - j);
+    const __m512 folded = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + j), by);
+    _mm512_storeu_si512(top + j, _mm512_max_epu32(_mm512_loadu_si512(top + j), magnitude_bits(folded)));
   }
 }
 
+// Four rows of 16 columns, times their row scales and the columns' factors, rounded: one dword a column.
+inline __m512i fold_four(const float* grad, int64_t n, const float* row_scale, int64_t rows, __mmask16 mask,
+                         __m512 factor) {
+  __m512i four = _mm512_setzero_si512();
+  const __m512i low = _mm512_set1_epi32(0xff);
+  for (int64_t r = 0; r < std::min<int64_t>(rows, 4); ++r) {
+    const __m512 folded = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, grad + r * n), _mm512_set1_ps(row_scale[r]));
+    const __m512i q = _mm512_and_si512(_mm512_cvtps_epi32(_mm512_mul_ps(folded, factor)), low);
+    four = _mm512_or_si512(four, _mm512_sll_epi32(q, _mm_cvtsi32_si128(static_cast<int>(8 * r))));
+  }
+  return four;
+}
+
+// Quantize one block of `count` rows by column. `top` holds the columns' largest magnitudes as bits and is
+// overwritten by their factors. Rows are taken eight at a time: two steps of a tile fill a cache line.
+void fold_block(const float* grad, const float* row_scale, int64_t n, int64_t count, float floor, uint32_t* top,
+                int64_t block_steps, int8_t* left, float* scales, int32_t* sums) {
+  auto* factors = reinterpret_cast<float*>(top);
+  const __m512 most = _mm512_set1_ps(kInt8Max), least = _mm512_set1_ps(floor);
+  for (int64_t j = 0; j < n; j += 16) {
+    __m512 largest = _mm512_castsi512_ps(_mm512_loadu_si512(top + j));
+    largest = _mm512_mask_mov_ps(largest, _mm512_cmp_ps_mask(largest, least, _CMP_LT_OQ), least);
+    _mm512_storeu_ps(scales + j, _mm512_div_ps(largest, most));
+    _mm512_storeu_ps(factors + j, _mm512_mul_ps(_mm512_div_ps(_mm512_set1_ps(1.0f), largest), most));
+    _mm512_storeu_si512(sums + j, _mm512_setzero_si512());
+  }
+  const __m512i ones = _mm512_set1_epi8(1);
+  for (int64_t i = 0; i < count; i += 8)
+    for (int64_t j = 0; j < n; j += 16) {
+      const __mmask16 mask = tail_mask(n - j);
+      const __m512 factor = _mm512_loadu_ps(factors + j);
+      const float* from = grad + i * n + j;
+      const __m512i first = fold_four(from, n, row_scale + i, count - i, mask, factor);
+      const __m512i second = fold_four(from + 4 * n, n, row_scale + i + 4, count - i - 4, mask, factor);
+      const __m512i sum = _mm512_dpbusd_epi32(_mm512_loadu_si512(sums + j), ones, first);
+      _mm512_storeu_si512(sums + j, _mm512_dpbusd_epi32(sum, ones, second));
+      int8_t* to = left + (j / kTileRows * block_steps + i / 4) * kTileRows * 4;
+      _mm512_storeu_si512(to, _mm512_shuffle_i64x2(first, second, 0x44));
+      _mm512_storeu_si512(to + block_steps * kTileRows * 4, _mm512_shuffle_i64x2(first, second, 0xee));
+    }
+}
+
 // dW[j, d] = sum over blocks of (sum_i q[i, j] * rows[i, d]) * q_scale[block, j]
-Tensor weight_gradient(const FoldedGradient& q, int64_t n, const Tensor& rows, const Tensor& like) {
-  const int64_t m = rows.size(0), k = rows.size(1);
-  Tensor out = at::empty({n, k}, like.options());
-  const int64_t panels = ceil_div(k, kTileColumns), panel_bytes = q.steps * kTileColumns * 4;
-  Tensor packed = empty_bytes(panels * panel_bytes);
-  uint8_t* right = packed.mutable_data_ptr<uint8_t>();
-  for_each_task(panels, [&](int64_t panel) {
-    pack_interleaved(rows.const_data_ptr<int8_t>(), m, k, panel * kTileColumns, -128, right + panel * panel_bytes);
-  });
-  const int8_t* left = q.bytes.const_data_ptr<int8_t>();
+Tensor weight_gradient(const FoldedGradient& q, int64_t m, int64_t n, int64_t k, const at::TensorOptions& options) {
+  Tensor out = at::empty({n, k}, options);
+  const int8_t* left = q.left.const_data_ptr<int8_t>();
+  const uint8_t* right = q.right.const_data_ptr<uint8_t>();
   const float* scales = q.scales.const_data_ptr<float>();
   const int32_t* sums_of = q.sums.const_data_ptr<int32_t>();
   float* to = out.mutable_data_ptr<float>();
-  const int64_t tiles = ceil_div(n, kTileRows), block_steps = q.block / 4;
+  const int64_t panels = ceil_div(k, kTileColumns), tiles = ceil_div(n, kTileRows);
   const int64_t group = std::max<int64_t>(1, tiles / (4 * at::get_num_threads()));
   for_each_task(ceil_div(tiles, group), [&](int64_t task) {
     // A block of the right panel stays in L1 while the tiles go by; the sums gather in the output.
     for (int64_t panel = 0; panel < panels; ++panel)
       for (int64_t block = 0; block < q.blocks; ++block) {
-        const int64_t step = block * block_steps, steps = std::min(block_steps, q.steps - step);
-        const uint8_t* own_right = right + panel * panel_bytes + step * kTileColumns * 4;
+        const int64_t steps = ceil_div(std::min(q.block, m - block * q.block), 4);
+        const uint8_t* own_right = right + (panel * q.blocks + block) * q.right_block();
         for (int64_t tile = task * group; tile < std::min(tiles, (task + 1) * group); ++tile) {
           __m512i sums[kTileRows][kVectors];
-          multiply_tile<kTileRows>(left + (tile * q.steps + step) * kTileRows * 4, 4, kTileRows * 4, own_right,
-                                   steps, sums);
+          multiply_tile<kTileRows>(left + block * q.n_padded * q.block_steps * 4 + tile * q.left_tile(), 4,
+                                   kTileRows * 4, own_right, steps, sums);
           const int64_t count = std::min(kTileRows, n - tile * kTileRows);
           for (int64_t r = 0; r < count; ++r) {
             const int64_t at = block * q.n_padded + tile * kTileRows + r;
@@ -252,42 +272,35 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& grad_in, const Ten
                                                 bool want_input, bool want_weight) {
   const Tensor grad = grad_in.contiguous(), rows = rows_in.contiguous(), codes = codes_in.contiguous();
   const Tensor row_scale = row_scale_in.contiguous();
-  const int64_t m = grad.size(0), n = grad.size(1), stride = ceil_div(n, 4) * 4;
+  const int64_t m = grad.size(0), n = grad.size(1), k = codes.size(1), stride = ceil_div(n, 4) * 4;
   const float floor = static_cast<float>(floor_in);
-  const int64_t blocks = ceil_div(m, block), steps = (blocks - 1) * (block / 4) + ceil_div(m - (blocks - 1) * block, 4);
-  const int64_t n_padded = ceil_div(n, 16) * 16;
-  Tensor q, q_scale;
-  FoldedGradient folded;
-  if (want_input) {
-    q = at::empty({m, stride}, rows.options());
-    q_scale = at::empty({m}, grad.options());
-  }
-  if (want_weight) {
-    folded = {at::empty({n_padded * steps * 4}, rows.options()), at::empty({blocks, n_padded}, grad.options()),
-              at::empty({blocks, n_padded}, grad.options().dtype(at::kInt)), block, blocks, steps, n_padded};
-  }
-  const float* from = grad.const_data_ptr<float>();
-  for_each_task(blocks, [&](int64_t task) {
+  const Tensor q = at::empty({want_input ? m : 0, stride}, rows.options());
+  const Tensor q_scale = at::empty({want_input ? m : 0}, grad.options());
+  const FoldedGradient folded(want_weight ? m : 0, n, k, block, grad.options());
+  const float *from = grad.const_data_ptr<float>(), *scales = row_scale.const_data_ptr<float>();
+  for_each_task(ceil_div(m, block), folded.n_padded, [&](int64_t task, float* scratch) {
     const int64_t first = task * block, count = std::min(block, m - first);
-    if (want_input) {
-      int8_t* to = q.mutable_data_ptr<int8_t>() + first * stride;
-      for (int64_t i = 0; i < count; ++i) {
-        q_scale.mutable_data_ptr<float>()[first + i] =
-            quantize_row(from + (first + i) * n, n, floor, to + i * stride);
-        std::memset(to + i * stride + n, 0, stride - n);
+    auto* top = reinterpret_cast<uint32_t*>(scratch);
+    std::memset(top, 0, folded.n_padded * sizeof(uint32_t));
+    for (int64_t i = first; i < first + count; ++i) {
+      if (want_input) {
+        int8_t* to = q.mutable_data_ptr<int8_t>() + i * stride;
+        q_scale.mutable_data_ptr<float>()[i] = quantize_row(from + i * n, n, floor, to);
+        std::memset(to + n, 0, stride - n);
       }
+      if (want_weight) raise_columns(from + i * n, n, scales[i], top);
     }
-    if (want_weight)
-      fold_block(from + first * n, row_scale.const_data_ptr<float>() + first, n, count, floor, first / 4, steps,
-                 folded.bytes.mutable_data_ptr<int8_t>(), folded.scales.mutable_data_ptr<float>() + task * n_padded,
-                 folded.sums.mutable_data_ptr<int32_t>() + task * n_padded);
+    if (!want_weight) return;
+    fold_block(from + first * n, scales + first, n, count, floor, top, folded.block_steps,
+               folded.left.mutable_data_ptr<int8_t>() + task * folded.n_padded * folded.block_steps * 4,
+               folded.scales.mutable_data_ptr<float>() + task * folded.n_padded,
+               folded.sums.mutable_data_ptr<int32_t>() + task * folded.n_padded);
+    for (int64_t panel = 0; panel < ceil_div(k, kTileColumns); ++panel)
+      pack_interleaved(rows.const_data_ptr<int8_t>() + first * k, count, k, panel * kTileColumns, -128,
+                       folded.right.mutable_data_ptr<uint8_t>() + (panel * folded.blocks + task) * folded.right_block());
   });
-  Tensor grad_input, grad_weight;
-  if (want_input) grad_input = input_gradient(q, q_scale, n, codes, *scale.const_data_ptr<float>());
-  else grad_input = at::empty({0}, grad.options());
-  if (want_weight) grad_weight = weight_gradient(folded, n, rows, grad);
-  else grad_weight = at::empty({0}, grad.options());
-  return {grad_input, grad_weight};
+  return {want_input ? input_gradient(q, q_scale, n, codes, *scale.const_data_ptr<float>()) : at::empty({0}, grad.options()),
+          want_weight ? weight_gradient(folded, m, n, k, grad.options()) : at::empty({0}, grad.options())};
 }
 
 }  // namespace
