@@ -14,6 +14,7 @@ turn repeats the call for a few milliseconds; no_grad, random weights. Cases:
 
 import argparse
 import functools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from interleave import CaseFailed, Worker, circumstances, quartiles, ratio_quartiles, write_rows
+from interleave import CaseError, Worker, circumstances, quartiles, ratio_quartiles, write_rows
 from phase4_bitnet import BitLinear, build_model, native, pack_model, save_compressed_model, ternary_layers
 
 CASES = ("float32", "bf16", "training", "packed")
@@ -134,7 +135,7 @@ def decoder_rows(dim: int, compiled: bool, rounds: int, warmup: int) -> list[dic
         for _ in range(warmup + rounds):
             for case, worker in workers.items():
                 times[case].append(worker.turn())
-    except CaseFailed as error:
+    except CaseError as error:
         raise SystemExit(f"decoder of width {dim}: {error}") from error
     finally:
         for worker in workers.values():
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RECORD)
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
+    load = round(os.getloadavg()[0], 2)  # of others, before this program adds its own
     rows = []
     for width in found.widths:
         # The widest layers take long turns of many rows; a third of the rounds gives quartiles too.
@@ -188,7 +190,12 @@ def main() -> None:
         for compiled in (False, True):
             rows += decoder_rows(dim, compiled, found.rounds, found.warmup)
         rows.append(disk_row(dim))
-    common = {"threads": found.threads, "native": native.available(), **circumstances()}
+    common = {
+        "threads": found.threads,
+        "load_at_start": load,
+        "native": native.available(),
+        **circumstances(),
+    }
     write_rows(found.out, [{**row, **common} for row in rows])
 
 

@@ -152,6 +152,15 @@ def test_values_that_are_no_numbers(kernels: str) -> None:
     assert ours[:3].isnan().all()
 
 
+def test_halves_are_rounded_as_in_training(kernels: str) -> None:
+    """Half-way values: the last bit of the factor decides, so the kernel has to compute it the same way."""
+    layer = BitLinear(128, 24).eval()
+    x = (torch.arange(128) - 63.5).repeat(200, 1) / 127 * torch.rand(200, 1).mul_(100)
+    x[:, -1] = 2 * x.amax(1)  # what the others are half-way steps of
+    with torch.no_grad():
+        assert same(pack_model(layer)(x), layer(x))
+
+
 def test_more_threads_give_the_same(kernels: str) -> None:
     layer = BitLinear(1024, 1040).eval()
     packed, before = pack_model(layer), torch.get_num_threads()
