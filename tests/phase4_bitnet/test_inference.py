@@ -340,14 +340,20 @@ def test_no_latent_is_left(case: tuple[nn.Module, torch.Tensor]) -> None:
     assert not packed.training
 
 
-def test_the_ternary_layers_are_an_eighth_of_float32_on_disk_and_in_memory(tmp_path: Path) -> None:
-    model = nn.Sequential(BitLinear(512, 384, bias=False), BitConv2d(128, 128, 3), BitConv1d(256, 256, 1))
-    floats = sum(layer.weight.nbytes for layer in model)
-    folder = save_compressed_model(model, tmp_path / "small", latents=False)
-    biases = sum(layer.bias.nbytes for layer in model if layer.bias is not None)
-    assert (sum(f.stat().st_size for f in folder.iterdir()) - biases) * 8 < floats
-    packed = pack_model(model)
-    assert sum(b.nbytes for b in packed.buffers()) * 15.9 < floats
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BitLinear(512, 384, bias=False),
+        lambda: BitConv2d(128, 128, 3, bias=False),
+        lambda: BitConv1d(256, 256, 1, bias=False),
+        lambda: BitEmbedding(1000, 128),
+    ],
+)
+def test_each_kind_is_an_eighth_of_float32_on_disk_and_in_memory(tmp_path: Path, make: Any) -> None:
+    layer = make()
+    folder = save_compressed_model(layer, tmp_path / "small", latents=False)
+    assert sum(f.stat().st_size for f in folder.iterdir()) * 8 < layer.weight.nbytes
+    assert sum(b.nbytes for b in pack_model(layer).buffers()) * 15.9 < layer.weight.nbytes
 
 
 def test_layers_that_occur_twice_are_one_layer() -> None:
