@@ -43,7 +43,12 @@ def storable_scale(mean_abs: Tensor) -> Tensor:
     Returns:
         Same shape, float32, at least ``SCALE_FLOOR`` as float16 rounds it.
     """
-    return mean_abs.clamp(SCALE_FLOOR, torch.finfo(torch.float16).max).half().float()
+    x = mean_abs.clamp(SCALE_FLOOR, torch.finfo(torch.float16).max)
+    # Not half().float(): torch.compile takes the pair for nothing to do. The power of two at or below x
+    # gives float16's step there, 2**-24 below its smallest normal number.
+    power = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+    step = (power * 2**-10).clamp(min=2**-24)
+    return (x / step).round() * step
 
 
 def _codes_from_ratio(ratio: Tensor, weight_bits: float, noise: Tensor | None) -> Tensor:

@@ -182,3 +182,15 @@ def test_the_mean_does_not_depend_on_the_threads():
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, several, strict=True))
+
+
+def test_the_scale_is_rounded_to_float16_compiled_and_not():
+    generator = torch.Generator().manual_seed(0)
+    x = 10 ** (torch.rand(20000, generator=generator) * 12 - 6)
+    ties = (torch.arange(1, 3000) + 0.5) * 2.0**-24
+    x = torch.cat([x, ties, torch.tensor([0.0, 1e-5, 6.1e-5, 65504.0, 65519.0, 1e9])])
+    want = x.clamp(1e-5, 65504).numpy().astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(storable_scale(x).numpy(), want)
+    compiled = torch.compile(storable_scale, fullgraph=True)
+    np.testing.assert_array_equal(compiled(x).numpy(), want)
+    assert storable_scale(torch.tensor(float("nan"))).isnan()
