@@ -8,11 +8,10 @@ reads the gradients and leaves them as they are; the optimizer's own step leaves
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim import optimizer as torch_optimizer
 
@@ -22,117 +21,98 @@ from phase5_training.slow_average import SLOW, LinearFilter
 
 _NO_FILTER = LinearFilter(decay=0.0, of_gradient=1.0, of_average=0.0)
 _OTHER_FORMULAS = ("amsgrad", "maximize", "capturable", "differentiable")
+_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
-@dataclass
-class FusedStep:
-    """The tensors of one AdamW step, in the order in which the kernel takes them."""
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    firsts: list[Tensor] = field(default_factory=list)
-    seconds: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    averages: list[Tensor] = field(default_factory=list)
-    group_of: list[int] = field(default_factory=list)
-    figures: list[float] = field(default_factory=list)
-
-    def run(
-        self,
-        layers: Sequence[TernaryWeight],
-        linear: LinearFilter | None,
-        clip: float,
-        step: int,
-    ) -> list[TernaryWeight]:
-        """Take the step.
-
-        Args:
-            layers: those whose codes may follow their latent.
-            linear: the filter, None for none.
-            clip: factor on the gradients.
-            step: the optimizer step, for the rounding of bfloat16 averages.
-
-        Returns:
-            The layers whose codes the kernel did not derive.
-        """
-        position = {id(p): i for i, p in enumerate(self.params)}
-        layer_of = [-1] * len(self.params)
-        coded: list[TernaryWeight] = []
-        left: list[TernaryWeight] = []
-        for layer in layers:
-            at = position.get(id(layer.weight), -1)
-            drawn = layer.quantization_mode == "stochastic"
-            # Of layers that share a weight, the kernel sees to the first.
-            if at < 0 or layer_of[at] >= 0 or drawn or not layer.codes.is_contiguous():
-                left.append(layer)
-            else:
-                layer_of[at] = len(coded)
-                coded.append(layer)
-        own = linear or _NO_FILTER
-        codes, scales = [layer.codes for layer in coded], [layer.scale for layer in coded]
-        torch.ops.forge.adamw_step_(
-            self.params, self.grads, self.firsts, self.seconds, self.steps, self.averages,
-            own.seeds(step, len(self.params)), self.group_of, self.figures,
-            layer_of, codes, scales, [1 if layer.weight_bits == 1 else 2 for layer in coded],
-            clip, own.decay, own.of_gradient, own.of_average,
-        )  # fmt: skip
-        # Autograd then refuses a backward through what was computed with the old values.
-        torch.autograd.graph.increment_version([*self.params, *codes, *scales])
-        return left
-
-
-def fused_step(optimizer: Optimizer, linear: LinearFilter | None) -> FusedStep | None:
-    """What the kernel needs for the next step of an optimizer; None where it has to step by itself.
+def fused_step(
+    optimizer: Optimizer,
+    layers: Sequence[TernaryWeight],
+    linear: LinearFilter | None,
+    clip: float,
+    step: int,
+) -> list[TernaryWeight] | None:
+    """Take the next step of an optimizer in the kernel, if the kernel knows it.
 
     Args:
         optimizer: on parameters that hold their gradients.
+        layers: those whose codes are to follow their latent.
         linear: the gradient filter, None for none.
+        clip: factor on the gradients.
+        step: the optimizer step, counted from 0, for the rounding of bfloat16 averages.
+
+    Returns:
+        The layers whose codes are still to be derived, or None where the optimizer has to step by itself;
+        nothing has changed then.
     """
     if type(optimizer) is not AdamW or not _calls_nothing_else(optimizer) or not native.available():
         return None
-    job = FusedStep()
-    state = optimizer.state
-    average_dtype = torch.bfloat16 if linear and linear.half else torch.float32
+    own = linear or _NO_FILTER
+    average_dtype = torch.bfloat16 if own.half else torch.float32
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    state: tuple[list[Tensor], ...] = ([], [], [])
+    averages: list[Tensor] = []
+    group_of: list[int] = []
+    figures: list[float] = []
     for number, group in enumerate(optimizer.param_groups):
-        figures = _figures(group)
-        if figures is None:
+        if any(group.get(option) for option in _OTHER_FORMULAS):
             return None
-        job.figures += figures
+        figures += _figures(group)
         for p in group["params"]:
             if p.grad is None:
                 continue
-            own = state.get(p)
-            if not own or p.grad.layout is not torch.strided:
-                return None
-            tensors = (p, p.grad.contiguous(), own["exp_avg"], own["exp_avg_sq"], own["step"])
-            if not all(_is_plain(t, torch.float32) for t in tensors):
+            kept = optimizer.state.get(p)
+            # A subclass of Tensor may keep its numbers elsewhere.
+            if not kept or not p.is_cpu or type(p) not in (Tensor, nn.Parameter):
                 return None
             if linear is not None:
-                average = own.get(SLOW)
-                if average is None or not _is_plain(average, average_dtype):
+                average = kept.get(SLOW)
+                if average is None or average.dtype is not average_dtype:
                     return None
-                job.averages.append(average)
-            for values, tensor in zip(
-                (job.params, job.grads, job.firsts, job.seconds, job.steps), tensors, strict=True
-            ):
-                values.append(tensor)
-            job.group_of.append(number)
-    return job if job.params else None
-
-
-def _is_plain(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        tensor.dtype is dtype
-        and tensor.is_cpu
-        and tensor.is_contiguous()
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-    )
-
-
-def _figures(group: dict[str, Any]) -> list[float] | None:
-    """lr, both betas, eps and decay of a group; None where its options ask for another formula."""
-    if any(group.get(option) for option in _OTHER_FORMULAS) or not group.get("decoupled_weight_decay", True):
+                averages.append(average)
+            params.append(p)
+            grads.append(p.grad)
+            group_of.append(number)
+            for values, name in zip(state, _STATE, strict=True):
+                values.append(kept[name])
+    if not params:
         return None
+    layer_of, coded, left = _assign(params, layers)
+    codes, scales = [layer.codes for layer in coded], [layer.scale for layer in coded]
+    taken = torch.ops.forge.adamw_step_(
+        params, grads, *state, averages, own.seeds(step, len(params)), group_of, figures,
+        layer_of, codes, scales, [1 if layer.weight_bits == 1 else 2 for layer in coded],
+        clip, own.decay, own.of_gradient, own.of_average,
+    )  # fmt: skip
+    if not taken:
+        return None
+    # Autograd then refuses a backward through what was computed with the old values.
+    torch.autograd.graph.increment_version([*params, *codes, *scales])
+    return left
+
+
+def _assign(
+    params: Sequence[Tensor], layers: Sequence[TernaryWeight]
+) -> tuple[list[int], list[TernaryWeight], list[TernaryWeight]]:
+    """For each parameter its place among the layers that the kernel codes or -1, those layers, the others."""
+    position = {id(p): i for i, p in enumerate(params)}
+    layer_of = [-1] * len(params)
+    coded: list[TernaryWeight] = []
+    left: list[TernaryWeight] = []
+    for layer in layers:
+        at = position.get(id(layer.weight), -1)
+        drawn = layer.quantization_mode == "stochastic"
+        # Of layers that share a weight, the kernel sees to the first.
+        if at < 0 or layer_of[at] >= 0 or drawn or not layer.codes.is_contiguous():
+            left.append(layer)
+        else:
+            layer_of[at] = len(coded)
+            coded.append(layer)
+    return layer_of, coded, left
+
+
+def _figures(group: dict[str, Any]) -> list[float]:
+    """lr, both betas, eps and decay of a group."""
     beta1, beta2 = group["betas"]
     return [float(x) for x in (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])]
 

@@ -382,8 +382,14 @@ std::vector<Layer> layers_of(at::TensorList codes, at::TensorList scales, at::In
   return layers;
 }
 
+bool is_plain(const at::Tensor& t, int64_t size) {
+  return t.is_cpu() && t.layout() == at::kStrided && t.scalar_type() == at::kFloat && t.is_contiguous() &&
+      t.numel() == size;
+}
+
 // hyper: lr, beta1, beta2, eps, weight decay of each group. layer: index into codes, -1 for none.
-void adamw_step(
+// Returns whether it takes tensors like these; if not, it has changed nothing.
+bool adamw_step(
     at::TensorList params,
     at::TensorList grads,
     at::TensorList firsts,
@@ -402,6 +408,16 @@ void adamw_step(
     double of_gradient,
     double of_average) {
   const size_t count = params.size();
+  std::vector<at::Tensor> read(count);  // the gradients, contiguous
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t size = params[i].numel();
+    if (grads[i].layout() != at::kStrided) return false;
+    read[i] = grads[i].contiguous();
+    for (const at::Tensor* t : std::initializer_list<const at::Tensor*>{&params[i], &read[i], &firsts[i], &seconds[i]})
+      if (!is_plain(*t, size)) return false;
+    if (!is_plain(steps[i], 1)) return false;
+    if (!slow.empty() && slow[i].scalar_type() != at::kBFloat16 && !is_plain(slow[i], size)) return false;
+  }
   const Filter filter{
       static_cast<float>(clip),
       static_cast<float>(1 - decay),
@@ -413,11 +429,10 @@ void adamw_step(
   for (size_t i = 0; i < count; ++i) {
     parts[i] = {floats(params[i]), params[i].numel(), static_cast<int>(layer[i])};
     if (layer[i] >= 0) same_size(codes[layer[i]], params[i]);
-    for (const at::Tensor* t : {&grads[i], &firsts[i], &seconds[i]}) same_size(*t, params[i]);
     const double *own = &hyper[5 * group[i]], lr = own[0], beta1 = own[1], beta2 = own[2];
     const double step = (*floats(steps[i]) += 1);
     updates[i] = {
-        floats(grads[i]),
+        floats(read[i]),
         floats(firsts[i]),
         floats(seconds[i]),
         slow.empty() ? Average{} : average_of(slow[i], params[i], seeds.empty() ? 0 : seeds[i]),
@@ -436,6 +451,7 @@ void adamw_step(
     if (own.average.half) return adamw_block<Kept::half>(own, filter, latents, begin, end, coder);
     return adamw_block<Kept::none>(own, filter, latents, begin, end, coder);
   });
+  return true;
 }
 
 template <Kept kept>
@@ -531,7 +547,7 @@ TORCH_LIBRARY_FRAGMENT(forge, m) {
       "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, "
       "Tensor(d!)[] steps, Tensor(e!)[] slow, int[] seeds, int[] group, float[] hyper, int[] layer, "
       "Tensor(f!)[] codes, Tensor(g!)[] scales, int[] bits, float clip, float decay, float of_gradient, "
-      "float of_average) -> ()");
+      "float of_average) -> bool");
   m.def(
       "filter_gradients_(Tensor(a!)[] grads, Tensor(b!)[] slow, int[] seeds, float decay, float of_gradient, "
       "float of_average) -> ()");

@@ -9,6 +9,7 @@ AdamW where that does not apply, takes one after the other, the general path. On
 multi-tensor operators, without a wait for the device; no figures were taken there.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from phase4_bitnet.convert import hidden_linears
 from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layers
 from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
-from phase5_training.fused_step import FusedStep, fused_step
+from phase5_training.fused_step import fused_step
 from phase5_training.muon import muon_class
 from phase5_training.slow_average import SLOW
 
@@ -211,19 +212,20 @@ class BitNetOptimizer(Optimizer):
             # Only filters that a gradient and its average determine are known to the kernel.
             describe = getattr(self.gradient_filter, "linear", lambda step: None)
             linear = describe(self.steps)
-        fused: list[FusedStep] = []
+        factor, layers = self._clip_factor(norm), self._trained_layers()
+        before = [layer.codes.clone() for layer in layers] if self.measure else []
         general = self.optimizers
         if self.gradient_filter is None or linear is not None:
-            jobs = [(o, fused_step(o, linear)) for o in self.optimizers]
-            fused = [job for _, job in jobs if job is not None]
-            general = [o for o, job in jobs if job is None]
-        factor = self._clip_factor(norm)
-        layers = self._trained_layers()
-        before = [layer.codes.clone() for layer in layers] if self.measure else []
-        for job in fused:
-            layers = job.run(layers, linear, float(factor), self.steps)
-        own = {id(p) for o in general for g in o.param_groups for p in g["params"]} if fused else None
-        self._general_update([p for p in params if own is None or id(p) in own], factor, general)
+            general = []
+            for optimizer in self.optimizers:
+                left = fused_step(optimizer, layers, linear, float(factor), self.steps)
+                if left is None:
+                    general.append(optimizer)
+                else:
+                    layers = left
+        if general:
+            own = {id(p) for o in general for g in o.param_groups for p in g["params"]}
+            self._general_update([p for p in params if id(p) in own], factor, general)
         requantize_layers(layers)
         return self._slow_ratio(params, norm * factor), self._flip_share(before)
 
@@ -352,10 +354,11 @@ def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if tensors[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(tensors)
-    plain = [t for t in tensors if t.layout is torch.strided and t.is_contiguous()]
-    if len(plain) == len(tensors) and all(t.dtype == torch.float32 for t in plain) and native.available():
-        squares = torch.ops.forge.sum_of_squares([t.detach() for t in plain])
-        return torch.tensor(squares, dtype=torch.float64).sqrt().float()
+    if native.available() and all(
+        t.dtype is torch.float32 and t.layout is torch.strided and t.is_contiguous() for t in tensors
+    ):
+        squares = torch.ops.forge.sum_of_squares(list(tensors))
+        return torch.tensor(math.sqrt(squares), dtype=torch.float32)
     flat = [t.detach().float().reshape(-1) for t in tensors]
     return torch.stack([torch.dot(t, t) for t in flat]).double().sum().sqrt().float()
 
