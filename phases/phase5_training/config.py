@@ -136,6 +136,8 @@ class TrainingConfig(BaseModel):
     """How latents are rounded to codes."""
     activation_bits: Literal[8] | None = 8
     """8 for int8 inputs of ternary layers, None for float ones."""
+    backward: Literal["auto", "int8", "bf16", "float32"] = "auto"
+    """Arithmetic of the gradient products of ternary layers; see BitLinear for auto."""
     float_layers: list[str] | None = None
     """Names or patterns of linear layers to keep in float; None keeps the output head."""
 

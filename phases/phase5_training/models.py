@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from phase4_bitnet.architectures import REGISTRY, TernaryConfig, build_model
 from phase4_bitnet.convert import convert_model_to_bitnet
-from phase4_bitnet.layers import TernaryWeight, ternary_layers
+from phase4_bitnet.layers import BitLinear, TernaryWeight, ternary_layers
 from phase4_bitnet.packing import packed_bytes
 from phase4_bitnet.store import load_compressed_model, session_folder
 from phase5_training.batches import rows_of, to_device
@@ -68,6 +68,7 @@ def prepare_model(given: nn.Module | Mapping[str, Any] | str, config: TrainingCo
             weight_bits=config.weight_bits,
             quantization_mode=config.quantization_mode,
             activation_bits=config.activation_bits,
+            backward=config.backward,
         )
     except ValueError as error:
         advice = str(error).replace("skip=()", "float_layers=[]").replace("skip=", "float_layers=")
@@ -86,10 +87,15 @@ def _with_mode(model: nn.Module, config: TrainingConfig) -> nn.Module:
                 f"use weight_bits={layer.weight_bits}, or give the float model"
             )
         layer.quantization_mode = config.quantization_mode
+        if isinstance(layer, BitLinear) and config.backward != "auto":
+            layer.backward = config.backward
     own = getattr(model, "config", None)
     if isinstance(own, TernaryConfig):
         # The stored model is rebuilt from this.
-        model.config = dataclasses.replace(own, quantization_mode=config.quantization_mode)  # type: ignore[assignment]
+        changed = {"quantization_mode": config.quantization_mode}
+        if config.backward != "auto":
+            changed["backward"] = config.backward
+        model.config = dataclasses.replace(own, **changed)  # type: ignore[assignment, arg-type]
     return model
 
 
@@ -334,7 +340,8 @@ def describe_size(model: nn.Module) -> dict[str, Any]:
     total = sum(p.numel() for p in model.parameters())
     latents = {id(m.weight): m.weight for m in model.modules() if isinstance(m, TernaryWeight)}.values()
     ternary = sum(w.numel() for w in latents)
-    packed = (total - ternary) * 4 + sum(packed_bytes(w.shape) for w in latents)
+    # Convolutions are packed a row per output channel.
+    packed = (total - ternary) * 4 + sum(packed_bytes((w.shape[0], w[0].numel())) for w in latents)
     return {
         "class": type(model).__name__,
         "parameters": total,

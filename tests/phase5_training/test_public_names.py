@@ -50,7 +50,7 @@ task batch_size micro_batch_size num_workers cache_size streaming quality_thresh
 shuffle drop_last max_length tokenizer invalid_records input_kind pad_id
 epochs max_steps max_seconds optimizer learning_rate weight_decay loss quantization_penalty
 label_smoothing distillation_temperature distillation_alpha seed
-use_bitnet weight_bits quantization_mode activation_bits float_layers
+use_bitnet weight_bits quantization_mode activation_bits backward float_layers
 use_grokfast grokfast_alpha grokfast_lambda filter schedule warmup_steps acceleration_steps
 consolidation_steps acceleration_multiplier consolidation_multiplier
 use_amp amp_dtype gradient_clipping max_grad_norm device compile
