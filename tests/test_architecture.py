@@ -34,7 +34,10 @@ LEAVES = {
 }
 # Parts of the loop that live outside pipeline/: they import leaves only, so pipeline/ may import them.
 SUPPORT = {f"{P5}.{name}" for name in ("checkpoint", "fused_step", "meter", "muon")}
-PHASE4_LEAVES = {f"phase4_bitnet.{name}" for name in ("ternary", "int8_matmul", "packing", "native", "native.build")}
+PHASE4_LEAVES = {
+    f"phase4_bitnet.{name}"
+    for name in ("durable_folder", "int8_matmul", "native", "native.build", "packing", "ternary")
+}
 FACTORY = f"{P5}.factory"
 # What may know the factory: the package's public face, the command line, and whole programs built on it.
 ABOVE_FACTORY = {P5, f"{P5}.__main__", f"{P5}.cli", f"{P5}.commands", f"{P5}.demo"}

@@ -23,8 +23,6 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from phase4_bitnet.architectures import REGISTRY, build_model_from_dict
+from phase4_bitnet.durable_folder import recover, write_file, write_folder
 from phase4_bitnet.layers import TernaryWeight, ternary_layers
 from phase4_bitnet.packing import pack_codes, unpack_codes
 
@@ -157,7 +156,12 @@ def save_compressed_model(
         raise ValueError(
             f"metrics hold something that JSON cannot ({error}); use finite numbers and text"
         ) from error
-    _write_folder(folder, {WEIGHTS: data, MANIFEST: text.encode()})
+
+    def write(temporary: Path) -> None:
+        write_file(temporary / WEIGHTS, [data])
+        write_file(temporary / MANIFEST, [text.encode()])
+
+    write_folder(folder, write)
     return folder
 
 
@@ -207,6 +211,7 @@ def load_session(
         ValueError: as for `load_compressed_model`.
     """
     folder = session_folder(session_id, root)
+    recover(folder.parent, folder.name)
     manifest = _read_manifest(folder)
     tensors = _read_weights(folder, manifest)
     built = model is None
@@ -296,50 +301,6 @@ def _architecture(model: nn.Module) -> dict[str, Any] | None:
 def _manifest_hash(manifest: Mapping[str, Any]) -> str:
     rest = {k: v for k, v in manifest.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files into a temporary folder beside `folder`, to the disk, then rename it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o777 & ~_umask())
-        for name, data in files.items():
-            with open(temporary / name, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        _sync_folder(temporary)
-        if folder.exists():
-            # No call swaps two folders everywhere; between these two renames the old session is in `old`.
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            os.rename(folder, old / folder.name)
-            try:
-                os.rename(temporary, folder)
-            except OSError:
-                os.rename(old / folder.name, folder)
-                raise
-            finally:
-                shutil.rmtree(old)
-        else:
-            os.rename(temporary, folder)
-        _sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

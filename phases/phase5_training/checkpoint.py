@@ -3,22 +3,24 @@
     checkpoints/step-00001000/
         tensors.safetensors     every tensor of the state, flat
         state.json              the state's structure, with references to the tensors
-        manifest.json           format version, step, size and SHA-256 of the two files; written last
+        manifest.json           versions, step, size and SHA-256 of the two files; written last
 
-A checkpoint appears by one rename of a finished, synced folder, so a folder with that name is whole
-unless the disk failed it; the hashes tell. Temporary folders of a killed save are swept by the next;
-a checkpoint that was stepping aside for its replacement when the process died gets its name back. One
-that does not verify becomes ``damaged-step-...`` once an older one has taken its place.
+A checkpoint appears by one rename of a finished, synced folder (:mod:`phase4_bitnet.durable_folder`), so
+a folder with that name is whole unless the disk failed it; the hashes, which are of what was in memory,
+tell. It counts as saved once it was read back from the disk, and only then are older ones removed. What
+killed saves leave behind is swept by the next save or resume. A checkpoint that does not verify becomes
+``damaged-step-...`` once an older one has taken its place.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
+import platform
 import random
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +28,108 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from phase4_bitnet.durable_folder import recover, remove_folder, sweep, write_file, write_folder
 from phase5_training.errors import ForgeError
 
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_PREFIX, _TEMPORARY, _DAMAGED = "step-", ".saving-", "damaged-"
-_ASIDE = re.compile(re.escape(f"{_TEMPORARY}old-") + r"(?P<name>.+)-\d+")
+_PREFIX, _DAMAGED = "step-", "damaged-"
+_LARGEST_MANIFEST = 2**20  # bytes; ours have a few hundred
+_SPARE = 2**20  # bytes that must stay free, for folders, records and the report
 # The keys that mark what JSON has no word for.
 _TENSOR, _ARRAY, _TUPLE, _ITEMS = "__tensor__", "__array__", "__tuple__", "__items__"
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
 
 
 class CheckpointError(ForgeError, ValueError):
     """A checkpoint that is incomplete, damaged or of another format."""
+
+
+class NotSavedError(ForgeError, OSError):
+    """A checkpoint that could not be written, or not be read back; those before it are as they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """A state as it was at one moment; training may go on while it is written.
+
+    Args:
+        step: the optimizer step.
+        tree: the state's structure, JSON.
+        tensors: copies on the CPU, contiguous.
+    """
+
+    step: int
+    tree: bytes
+    tensors: Mapping[str, Tensor]
+
+
+def take_snapshot(state: Mapping[str, Any], *, step: int) -> Snapshot:
+    """Copy a state.
+
+    Args:
+        state: nested dicts, lists and tuples of tensors, arrays, numbers, strings, booleans, None.
+        step: recorded in the manifest.
+
+    Raises:
+        TypeError: the state holds something else.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_encode(state, tensors, {}, "state"), allow_nan=True).encode()
+    return Snapshot(step=step, tree=tree, tensors=tensors)
+
+
+def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Write a snapshot to a folder, whole or not at all, and make it durable.
+
+    Raises:
+        NotSavedError: there is not enough space, or the disk is failing or not writable; what was in
+            ``folder`` before stays.
+    """
+
+    def write(temporary: Path) -> None:
+        files = {
+            TENSORS: write_file(temporary / TENSORS, _tensor_file(snapshot.tensors)),
+            STATE: write_file(temporary / STATE, [snapshot.tree]),
+        }
+        manifest = {"format": FORMAT, "step": snapshot.step, "versions": _versions(), "files": files}
+        write_file(temporary / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        sweep(folder.parent)
+        needed = len(snapshot.tree) + sum(t.nbytes for t in snapshot.tensors.values()) + _SPARE
+        free = shutil.disk_usage(folder.parent).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"it needs {_megabytes(needed)} and {_megabytes(free)} are free")
+        write_folder(folder, write)
+    except OSError as error:
+        failed = NotSavedError(
+            f"the checkpoint of step {snapshot.step} cannot be written to {folder} "
+            f"({error.strerror or error}); the ones before it are whole: make room there, then resume the run"
+        )
+        failed.errno = error.errno
+        raise failed from error
 
 
 def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], *, step: int) -> Path:
@@ -56,47 +145,10 @@ def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], *,
 
     Raises:
         TypeError: the state holds something else; nothing is written.
-        OSError: the disk is full or not writable; what was there before stays.
+        NotSavedError: the disk is full or not writable; what was there before stays.
     """
     folder = Path(folder)
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_encode(state, tensors, {}, "state"), allow_nan=True).encode()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep(folder.parent)
-    temporary = folder.parent / f"{_TEMPORARY}{folder.name}-{os.getpid()}"
-    temporary.mkdir()
-    try:
-        save_file(tensors, temporary / TENSORS)
-        _sync(temporary / TENSORS)
-        _write(temporary / STATE, tree)
-        files = {
-            name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-            for name in (TENSORS, STATE)
-        }
-        manifest = {"format": FORMAT, "step": step, "files": files}
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=2).encode())
-        _sync(temporary)
-        if folder.exists():
-            # A rename cannot replace a folder that is not empty; the old one steps aside first.
-            aside = folder.parent / f"{_TEMPORARY}old-{folder.name}-{os.getpid()}"
-            os.rename(folder, aside)
-            try:
-                os.rename(temporary, folder)
-            except BaseException:
-                os.rename(aside, folder)
-                raise
-            shutil.rmtree(aside)
-        else:
-            os.rename(temporary, folder)
-        _sync(folder.parent)
-    except SafetensorError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(
-            f"{folder} cannot be written ({error}); free space, or choose another output_dir"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    write_snapshot(folder, take_snapshot(state, step=step))
     return folder
 
 
@@ -117,7 +169,7 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         tensors = load_file(folder / TENSORS)
         state = _decode(json.loads((folder / STATE).read_bytes()), tensors)
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error}); use another checkpoint") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{folder}/{STATE} holds no mapping; use another checkpoint")
@@ -131,12 +183,17 @@ def verify(folder: Path) -> int:
         CheckpointError: what is wrong, and what to do.
     """
     try:
+        if (folder / MANIFEST).stat().st_size > _LARGEST_MANIFEST:
+            raise ValueError(f"it has more than {_LARGEST_MANIFEST} bytes")
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] != FORMAT:
             raise CheckpointError(
                 f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT}; "
                 "resume with the version that wrote it"
             )
+        # Only these two names are ever opened, whatever a manifest lists.
+        if sorted(manifest["files"]) != sorted((TENSORS, STATE)):
+            raise ValueError("it lists other files than a checkpoint has")
         for name in (TENSORS, STATE):
             wanted = manifest["files"][name]
             if (folder / name).stat().st_size != wanted["bytes"] or _sha256(folder / name) != wanted[
@@ -149,7 +206,7 @@ def verify(folder: Path) -> int:
         raise CheckpointError(f"{missing} is missing: no whole checkpoint there; use another one") from error
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} has no readable manifest ({error}); use another checkpoint"
         ) from error
@@ -157,7 +214,7 @@ def verify(folder: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointStore:
-    """The checkpoints of one run, oldest pruned.
+    """The checkpoints of one run, oldest pruned. Each holds the best weights so far as well as the last.
 
     Args:
         folder: holds one folder per checkpoint.
@@ -179,26 +236,36 @@ class CheckpointStore:
         """The checkpoints that exist, oldest first."""
         if not self.folder.is_dir():
             return []
-        _recover(self.folder)
+        recover(self.folder)
         found = [
             p
             for p in self.folder.iterdir()
             if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit() and p.is_dir()
         ]
-        return sorted(found, key=lambda p: int(p.name[5:]))
+        return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]))
 
     def save(self, state: Mapping[str, Any], step: int) -> Path:
-        """Write the checkpoint of ``step``, read it back, then prune."""
+        """Write the checkpoint of ``step``, read it back, then prune.
+
+        Raises:
+            TypeError: the state holds what a checkpoint cannot; nothing is written.
+            NotSavedError: it could not be written, or reads back as something else; none is pruned.
+        """
         path = save_checkpoint(self.path(step), state, step=step)
-        verify(path)
-        for old in self.paths()[: -self.keep]:
-            shutil.rmtree(old)
+        try:
+            verify(path)
+        except CheckpointError as error:
+            raise NotSavedError(
+                f"the checkpoint of step {step} reads back as something else ({error}); "
+                "the ones before it are whole: check the disk, then resume the run"
+            ) from error
+        self._prune()
         return path
 
     def load_newest(
         self, refused: Callable[[str], None] = lambda message: None
     ) -> tuple[Path, dict[str, Any]]:
-        """The newest checkpoint that verifies.
+        """The newest checkpoint that verifies; also removes what a killed save or pruning left behind.
 
         Newer ones are renamed, so that they do not count among the ``keep`` and no good one is pruned
         for them. When none verifies they all stay as they are.
@@ -209,6 +276,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none.
         """
+        sweep(self.folder)
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.paths()):
             try:
@@ -218,22 +286,13 @@ class CheckpointStore:
                 continue
             for bad, reason in damaged:
                 refused(f"{reason}; renamed to {_put_aside(bad).name}")
+            self._prune()
             return path, state
         raise CheckpointError(f"{self.folder} holds no checkpoint that can be read; start the run again")
 
-
-def sweep(folder: Path) -> None:
-    """Remove what killed saves left behind, and give a checkpoint back that one had moved aside."""
-    _recover(folder)
-    for entry in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(entry, ignore_errors=True)
-
-
-def _recover(folder: Path) -> None:
-    for entry in folder.glob(f"{_TEMPORARY}old-*"):
-        match = _ASIDE.fullmatch(entry.name)
-        if match and not (folder / match["name"]).exists():
-            os.rename(entry, folder / match["name"])
+    def _prune(self) -> None:
+        for old in self.paths()[: -self.keep]:
+            remove_folder(old)
 
 
 def _put_aside(path: Path) -> Path:
@@ -279,7 +338,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, tuple[str, T
     if isinstance(value, np.ndarray):
         tensors[path] = torch.from_numpy(np.array(value, order="C"))
         return {_ARRAY: path}
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.dtype in _DTYPES:
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else path
         if key not in seen:
             # With the tensor: the address of one that is freed is given to the next.
@@ -316,19 +375,31 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {k: _decode(v, tensors) for k, v in value.items()}
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The pieces of a safetensors file, so that it is hashed and written without another copy in memory.
+
+    Source: https://github.com/huggingface/safetensors, section Format.
+    """
+    # Large elements first, so that all are aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header, start = {}, 0
+    for name, tensor in ordered:
+        place = [start, start + tensor.nbytes]
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        start = place[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def _sha256(path: Path) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from phase4_bitnet.durable_folder import recover
 from phase4_bitnet.store import load_compressed_model
 from phase5_training.assembly import data_config, loss_of, validator_of
 from phase5_training.checkpoint import CheckpointStore
@@ -84,6 +85,7 @@ def evaluate(folder: str, data: str | Sequence[str] | None = None, device: str =
         DataError: the data cannot be read.
     """
     run = open_run(folder)
+    recover(run.path)
     if not (run.best / "manifest.json").is_file():
         raise UsageError(f"{folder} has no finished model; continue it with `forge resume {folder}`")
     recorded = run.read_config()

@@ -1,6 +1,9 @@
+import hashlib
 import json
 import os
+import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +12,13 @@ import torch
 from phase5_training.checkpoint import (
     CheckpointError,
     CheckpointStore,
+    NotSavedError,
     load_checkpoint,
     random_state,
     save_checkpoint,
     set_random_state,
+    take_snapshot,
+    write_snapshot,
 )
 
 
@@ -155,8 +161,8 @@ def test_a_killed_save_leaves_no_checkpoint_and_is_swept(tmp_path, monkeypatch):
     import phase5_training.checkpoint as module
 
     store = CheckpointStore(folder=tmp_path)
-    (tmp_path / ".saving-step-00000005-1").mkdir()
-    monkeypatch.setattr(module, "_sha256", lambda path: (_ for _ in ()).throw(OSError("disk full")))
+    (tmp_path / ".step-00000005.1.new.tmp").mkdir()
+    monkeypatch.setattr(module, "write_file", lambda path, parts: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         store.save({"a": 1}, 7)
     assert not list(tmp_path.iterdir())
@@ -190,7 +196,7 @@ def test_a_replacement_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatc
             raise OSError(28, "No space left on device")
         rename(source, target)
 
-    monkeypatch.setattr("phase5_training.checkpoint.os.rename", second_fails)
+    monkeypatch.setattr("phase4_bitnet.durable_folder.os.rename", second_fails)
     with pytest.raises(OSError, match="No space"):
         store.save({"v": 2}, 7)
     monkeypatch.undo()
@@ -202,9 +208,121 @@ def test_a_replacement_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatc
 def test_a_checkpoint_left_aside_by_a_killed_replacement_is_recovered(tmp_path, found_by):
     store = CheckpointStore(folder=tmp_path)
     store.save({"v": 1}, 7)
-    store.path(7).rename(tmp_path / ".saving-old-step-00000007-123")
-    (tmp_path / ".saving-step-00000007-123").mkdir()
+    store.path(7).rename(tmp_path / ".step-00000007.123.old.tmp")
+    (tmp_path / ".step-00000007.123.new.tmp").mkdir()
     if found_by == "save":
         save_checkpoint(store.path(8), {"v": 2}, step=8)
     assert store.path(7) in store.paths()
     assert load_checkpoint(store.path(7)) == {"v": 1}
+
+
+def test_every_type_of_tensor_comes_back(tmp_path):
+    import phase5_training.checkpoint as module
+
+    state = {}
+    for dtype in module._DTYPES:
+        for shape in ((), (0, 3), (5,), (2, 3)):
+            count = max(1, int(np.prod(shape)))
+            bits = torch.randint(0, 2, (count * torch.empty((), dtype=dtype).element_size(),))
+            state[f"{dtype}{shape}"] = bits.to(torch.uint8).view(dtype)[: int(np.prod(shape))].reshape(shape)
+    assert_same(state, load_checkpoint(save_checkpoint(tmp_path / "c", state, step=0)))
+
+
+def test_a_snapshot_is_of_its_moment(tmp_path):
+    weight = torch.ones(3)
+    snapshot = take_snapshot({"w": weight}, step=1)
+    weight.zero_()
+    write_snapshot(tmp_path / "c", snapshot)
+    assert torch.equal(load_checkpoint(tmp_path / "c")["w"], torch.ones(3))
+
+
+def test_free_space_is_looked_at_first(tmp_path, monkeypatch):
+    store = CheckpointStore(folder=tmp_path)
+    store.save({"v": 1}, 1)
+    usage = SimpleNamespace(total=10**7, used=0, free=10**6)
+    monkeypatch.setattr("phase5_training.checkpoint.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("phase5_training.checkpoint.write_folder", lambda *args: pytest.fail("it wrote"))
+    with pytest.raises(NotSavedError, match=r"step 2 .* needs 1\.4 MB and 1\.0 MB are free.* make room"):
+        store.save({"v": torch.zeros(10**5)}, 2)
+    assert store.load_newest()[1] == {"v": 1}
+
+
+def test_a_checkpoint_that_reads_back_as_something_else_is_not_saved(tmp_path, monkeypatch):
+    store = CheckpointStore(folder=tmp_path)
+    for step in (1, 2):
+        store.save({"v": step}, step)
+    real = os.fsync
+
+    def flips(descriptor):
+        if os.fstat(descriptor).st_size > 10**5:  # the tensors
+            os.pwrite(os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY), b"\xff", 10**5)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flips)
+    with pytest.raises(NotSavedError, match=r"step 3 reads back as something else .*hash.* check the disk"):
+        store.save({"v": torch.zeros(10**5)}, 3)
+    monkeypatch.undo()
+    assert len(store.paths()) == 3  # nothing was pruned for it
+    assert store.load_newest()[1] == {"v": 2}
+
+
+def hostile(folder, tensors=b"", tree=b"{}", manifest=None):
+    """A checkpoint whose hashes are right and whose content is not."""
+    folder.mkdir(parents=True)
+    files = {"tensors.safetensors": tensors, "state.json": tree}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    hashes = {n: {"bytes": len(d), "sha256": hashlib.sha256(d).hexdigest()} for n, d in files.items()}
+    found = {"format": 1, "step": 9, "files": hashes}
+    (folder / "manifest.json").write_text(json.dumps({**found, **(manifest or {})}))
+
+
+class Opens:
+    def __reduce__(self):
+        return open, ("broken-in", "w")
+
+
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+HOSTILE = {
+    "a pickle in place of the tensors": {"tensors": pickle.dumps(Opens())},
+    "a torch file in place of the tensors": {"tensors": b"PK\x03\x04" + pickle.dumps(Opens())},
+    "a header of 2**63 bytes": {"tensors": (2**63 - 1).to_bytes(8, "little") + b"{}"},
+    "a header past the end": {"tensors": (10**6).to_bytes(8, "little") + b"{}"},
+    "a tensor past the end": {
+        "tensors": (66).to_bytes(8, "little")
+        + b'{"a":{"dtype":"F32","shape":[1000000],"data_offsets":[0,4000000]}}'
+    },
+    "a state that is nested too deeply": {"tensors": NO_TENSORS, "tree": b"[" * 10**5},
+    "a state that is a list": {"tensors": NO_TENSORS, "tree": b"[]"},
+    "a key that cannot be one": {"tensors": NO_TENSORS, "tree": b'{"__items__": [[[], 1]]}'},
+    "a tensor that is not there": {"tensors": NO_TENSORS, "tree": b'{"a": {"__tensor__": "b"}}'},
+    "a name outside the folder": {
+        "tensors": NO_TENSORS,
+        "manifest": {"files": {"../../secret": {"bytes": 1, "sha256": ""}}},
+    },
+    "a manifest that is too large": {"tensors": NO_TENSORS, "manifest": {"x": "x" * 2**21}},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, case):
+    store = CheckpointStore(folder=tmp_path / "checkpoints")
+    store.save({"v": 1}, 5)
+    hostile(store.path(9), **HOSTILE[case])
+    refused = []
+    assert store.load_newest(refused.append)[1] == {"v": 1}
+    assert len(refused) == 1
+    assert "\n" not in refused[0][:200]
+    assert sorted(p.name for p in store.folder.iterdir()) == ["damaged-step-00000009", "step-00000005"]
+    assert not (tmp_path / "broken-in").exists()
+
+
+def test_one_more_than_is_kept_is_pruned_on_loading(tmp_path):
+    """A save was killed between the new checkpoint and the pruning of the oldest."""
+    store = CheckpointStore(folder=tmp_path)
+    for step in (1, 2):
+        store.save({"v": step}, step)
+    save_checkpoint(store.path(3), {"v": 3}, step=3)
+    (tmp_path / ".step-00000000.77.gone.tmp").mkdir()
+    assert store.load_newest()[1] == {"v": 3}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
