@@ -92,7 +92,7 @@ def _with_mode(model: nn.Module, config: TrainingConfig) -> nn.Module:
     own = getattr(model, "config", None)
     if isinstance(own, TernaryConfig):
         # The stored model is rebuilt from this.
-        changed = {"quantization_mode": config.quantization_mode}
+        changed: dict[str, str] = {"quantization_mode": config.quantization_mode}
         if config.backward != "auto":
             changed["backward"] = config.backward
         model.config = dataclasses.replace(own, **changed)  # type: ignore[assignment, arg-type]

@@ -83,17 +83,6 @@ class TestPrepare:
             assert ours.config.backward == "int8"
         assert {layer.backward for _, layer in ternary_layers(prepare(model()))} == {"auto"}
 
-    @pytest.mark.parametrize("given", ["module", "converted", "mlp"])
-    def test_the_arithmetic_of_the_gradients_reaches_every_layer(self, given):
-        model = {"module": net, "converted": lambda: convert_model_to_bitnet(net()), "mlp": lambda: "mlp"}[
-            given
-        ]
-        ours = prepare(model(), backward="int8")
-        assert {layer.backward for _, layer in ternary_layers(ours)} == {"int8"}
-        if given == "mlp":
-            assert ours.config.backward == "int8"
-        assert {layer.backward for _, layer in ternary_layers(prepare(model()))} == {"auto"}
-
     def test_a_ternary_model_takes_the_rounding_and_can_be_stored_with_it(self, tmp_path):
         model = prepare(build_model("mlp", in_features=4, num_outputs=3), quantization_mode="stochastic")
         assert {layer.quantization_mode for _, layer in ternary_layers(model)} == {"stochastic"}
