@@ -329,8 +329,11 @@ void run(std::vector<Part>& parts, std::vector<Layer>& layers, const Update& upd
       if (layer.reread) {
         code_block(part.latent, layer, block.begin, block.end);
       } else if (!layer.sign_only) {
-        for (const Near& one : near[block.update])
-          layer.codes[one.index] = static_cast<int8_t>((one.latent > layer.half) - (one.latent < -layer.half));
+        for (const Near& one : near[block.update]) {
+          const float magnitude = std::fabs(one.latent);
+          if ((magnitude > layer.half) != (magnitude > layer.guess))
+            layer.codes[one.index] = static_cast<int8_t>((one.latent > layer.half) - (one.latent < -layer.half));
+        }
       }
       near[block.update] = {};
     }
