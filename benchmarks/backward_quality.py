@@ -53,14 +53,16 @@ def main() -> None:
                     pipeline = create_training_pipeline(
                         train_data_path=train, val_data_path=validation, output_dir=folder,
                         experiment_name="run", early_stopping=False, use_amp=False, compile=False,
-                        progress="quiet", seed=seed, use_grokfast=False, checkpoint_interval=100_000, **options,
+                        progress="quiet", seed=seed, use_grokfast=False, checkpoint_interval=100_000,
+                        **options,
                     )  # fmt: skip
                     result = pipeline.run()
                     rows = [r for r in pipeline.run_directory.read_metrics() if r["kind"] == "validation"]
                 print(
                     json.dumps(
                         {
-                            "task": name, "backward": backward, "seed": seed, "steps": result.metrics["steps"],
+                            "task": name, "backward": backward, "seed": seed,
+                            "steps": result.metrics["steps"],
                             "final_loss": rows[-1]["loss"], "best_loss": min(r["loss"] for r in rows),
                             "seconds": result.metrics["training_time_seconds"],
                             "command": " ".join(["python", *sys.argv]), "machine": machine(),
