@@ -11,6 +11,9 @@ case's time over a baseline's in the same round.
 What a case is stands in cases.py. --output is replaced; it gets one JSON object a case and shape. A case that
 cannot be compiled runs without and says why; one that cannot run is in the output with the error.
 
+Each row also has the GFLOP/s of square products in float32, bf16 and int8: a CPU's bf16 may be faster or
+slower than its float32, and which baseline is the hard one depends on that.
+
 On CUDA times come from events, and each row also has the allocator's peak, model FLOPs over the stated
 peak (--peak-tflops) and the share of a profiled step in which a kernel ran.
 """
@@ -116,6 +119,23 @@ def kernel_share(step: Callable[[], Tensor], steps: int = 5) -> float:
 
 def _nothing() -> None:
     """The CPU has nothing to wait for."""
+
+
+def product_gflops(device: str, size: int = 2048) -> dict[str, int]:
+    """What the machine makes of square products, best of ten: what bounds each kind of layer."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else _nothing
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        a = torch.randn(size, size, device=device).mul_(20).to(dtype)
+        multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+        best = math.inf
+        for _ in range(10):
+            started = time.perf_counter()
+            multiply(a, a)
+            wait()
+            best = min(best, time.perf_counter() - started)
+        found[str(dtype).removeprefix("torch.")] = round(2 * size**3 / best / 1e9)
+    return found
 
 
 def compare(
@@ -248,6 +268,9 @@ def main() -> None:
     # Compiling must not leave a pool of helper processes behind in each case's process.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     console = Console(width=160)
+    torch.set_num_threads(found.threads)
+    gflops = product_gflops(device)
+    console.print(f"GFLOP/s of a product of two 2048 x 2048 matrices: {gflops}")
     found.output.unlink(missing_ok=True)
     for width in found.width:
         for tokens in found.tokens:
@@ -256,7 +279,7 @@ def main() -> None:
                 names, shape, device=device, threads=found.threads, rounds=found.rounds,
                 compiled=not found.eager, peak=peak,
             )  # fmt: skip
-            write_rows(found.output, [row | circumstances() for row in rows])
+            write_rows(found.output, [row | {"product_gflops": gflops} | circumstances() for row in rows])
             console.print(table(rows, shape))
 
 
