@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from phase5_training.config import TrainingConfig
+from phase5_training.defaults import rates
 from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
 from phase5_training.phases import Schedule, build_schedule
+from phase5_training.pipeline.bitnet_optimizer import check_optimizer_name
 from phase5_training.pipeline.data_loader import DataConfig
 from phase5_training.pipeline.training_loop import LoopConfig
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
@@ -35,6 +37,19 @@ def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
         input_kind=config.input_kind,
         pad_id=config.pad_id,
     )
+
+
+def rates_of(config: TrainingConfig, optimizer: Any) -> tuple[float, float]:
+    """(base learning rate, weight decay) of a named optimizer, or those that an instance has already."""
+    if not isinstance(optimizer, str):
+        if config.learning_rate is not None or config.weight_decay is not None:
+            raise UsageError(
+                "learning_rate and weight_decay belong to the optimizer instance; set them there"
+            )
+        first = optimizer.param_groups[0]
+        return first["lr"], first.get("weight_decay", 0.0)
+    check_optimizer_name(optimizer)
+    return rates(config, optimizer)
 
 
 def validator_of(

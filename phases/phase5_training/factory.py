@@ -23,6 +23,7 @@ from phase5_training.assembly import (
     loss_of,
     monitor_of,
     planned_steps,
+    rates_of,
     schedule_of,
     validator_of,
 )
@@ -31,14 +32,14 @@ from phase5_training.callbacks import ProgressDisplay, ReportRefresher
 from phase5_training.checkpoint import CheckpointStore, seed_everything
 from phase5_training.checks import check_optimizer, check_storable
 from phase5_training.config import TrainingConfig, check_same_run, full_signature, in_words, parse_config
-from phase5_training.defaults import grokfast_figures, rates
-from phase5_training.errors import DataError, RunFailed, UsageError
+from phase5_training.defaults import grokfast_figures
+from phase5_training.errors import DataError, ForgeError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_compile, resolve_device
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
 from phase5_training.modes import eval_mode
-from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer, check_optimizer_name
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
 from phase5_training.pipeline.scheduler import GrokfastScheduler
@@ -50,6 +51,7 @@ from phase5_training.results import (
     TrainingResult,
     check_trained,
     end_notice,
+    has_failed,
     result_metrics,
     result_record,
 )
@@ -118,7 +120,7 @@ class TrainingPipeline:
         validator = self._checked_validator(use_amp, amp_dtype) if self.val_loader is not None else None
         total_steps = planned_steps(config, self.train_loader)
         plan = schedule_of(config, total_steps)
-        learning_rate, weight_decay = self._rates()
+        learning_rate, weight_decay = rates_of(config, self._given_optimizer)
         grokfast = grokfast_figures(config)
         inner = self._given_optimizer
         if isinstance(inner, str):
@@ -283,19 +285,6 @@ class TrainingPipeline:
             check_monitor(str(config.monitor), validator.validate_step(loader.first(), self.loss))
         return validator
 
-    def _rates(self) -> tuple[float, float]:
-        config = self.config
-        if not isinstance(self._given_optimizer, str):
-            if config.learning_rate is not None or config.weight_decay is not None:
-                raise UsageError(
-                    "learning_rate and weight_decay belong to the optimizer instance; set them there"
-                )
-            return self._given_optimizer.param_groups[0]["lr"], self._given_optimizer.param_groups[0].get(
-                "weight_decay", 0.0
-            )
-        check_optimizer_name(self._given_optimizer)
-        return rates(config, self._given_optimizer)
-
     def _estimate_seconds(self, batch: Mapping[str, Any], total_steps: int) -> float:
         """Length of the run without compilation."""
         inputs = to_device(batch["input"], self.device)
@@ -309,8 +298,9 @@ class TrainingPipeline:
         run = RunDirectory(Path(config.output_dir) / name) if name else None
         saved = run is not None and bool(CheckpointStore(folder=run.checkpoints).paths())
         self._resuming = config.auto_resume and saved and run is not None and run.exists()
-        # A run that was killed before its first checkpoint has nothing to continue from or to lose.
-        self._afresh = config.auto_resume and run is not None and not saved and not run.best.is_dir()
+        # Before its first checkpoint a run has nothing to lose; that it has ended is known if it failed.
+        empty = run is not None and not saved and not run.best.is_dir()
+        self._afresh = empty and (config.auto_resume or has_failed(run))
         if not self._resuming:
             return config
         assert run is not None
@@ -379,26 +369,31 @@ class TrainingPipeline:
     def _run(self) -> TrainingResult:
         try:
             state = self.loop.train(self.train_loader, self.loss, self.val_loader)
-        except DataError as error:
-            # The call was right when it was checked: the data changed, or can be read once only.
-            raise RunFailed(str(error)) from error
-        if state.stop_reason == "interrupted":
-            return self._write_result(state, success=False)
-        try:
+            if state.stop_reason == "interrupted":
+                return self._write_result(state, success=False)
             self._finish(state)
-        except RunFailed as error:
-            state.stop_reason = "failed"
-            self._write_result(state, success=False, error=str(error))
+        except Exception as error:
+            self._record_failure(error)
+            if isinstance(error, DataError):  # the data changed since they were checked
+                raise RunFailed(str(error)) from error
             raise
         self._result = self._write_result(state, success=True)
         return self._result
+
+    def _record_failure(self, error: Exception) -> None:
+        self.loop.state.stop_reason = "failed"
+        said = str(error) if isinstance(error, ForgeError) else f"{type(error).__name__}: {error}"
+        try:
+            self._write_result(self.loop.state, success=False, error=said)
+        except OSError as second:
+            error.add_note(f"result.json could not be written either: {second}")
 
     def _write_result(self, state: LoopState, *, success: bool, error: str | None = None) -> TrainingResult:
         run = self.run_directory
         assert run is not None
         result = TrainingResult(
-            success=success,
-            model=self.model.eval(),
+            success,
+            self.model.eval(),
             metrics=result_metrics(state),
             run_dir=run.path,
             stop_reason=state.stop_reason,
@@ -407,9 +402,8 @@ class TrainingPipeline:
         if result.notice:
             self.notices.append(result.notice)
             run.append_event({"event": "notice", "text": result.notice})
-        data = {"train": self.train_loader.description()}
-        if self.val_loader is not None:
-            data["validation"] = self.val_loader.description()
+        loaders = {"train": self.train_loader, "validation": self.val_loader}
+        data = {name: loader.description() for name, loader in loaders.items() if loader is not None}
         record = result_record(result, data=data, notices=self.notices, loss=self.loss)
         run.write_result({**record, "error": error} if error else record)
         ReportRefresher(run).refresh(state.step)
@@ -429,7 +423,14 @@ class TrainingPipeline:
             state.validation = self.loop.validator.run_validation(self.val_loader, self.loss)
         check_trained(state)
         assert self.run_directory is not None
-        save_compressed_model(self.model, self.run_directory.best, overwrite=True)
+        run = self.run_directory
+        try:
+            save_compressed_model(self.model, run.best, overwrite=True)
+        except OSError as error:
+            raise RunFailed(
+                f"the model cannot be written to {run.best} ({error.strerror or error}), but the last "
+                f"checkpoint holds it; make room there, then `forge resume {run.path}`"
+            ) from error
 
 
 def create_training_pipeline(

@@ -15,7 +15,7 @@ class LoopState:
         seconds: training time, validation and saving included, over all sessions of the run.
         samples: samples seen. nonfinite: steps skipped. validation: the last validation's figures.
         stop_reason: "finished", "max_steps", "max_seconds", "early_stop" or "interrupted".
-        train_loss, train_accuracy: means of the last log that had some.
+        train_loss, train_accuracy: means of the last log that had some. first_loss: of step 1.
     """
 
     step: int = 0
@@ -26,6 +26,7 @@ class LoopState:
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     train_loss: float | None = None
+    first_loss: float | None = None
     train_accuracy: float | None = None
     best_accuracy: float | None = None
     best_loss: float | None = None

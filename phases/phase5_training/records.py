@@ -91,6 +91,9 @@ class RunDirectory:
         if resume:
             if not run.exists():
                 raise UsageError(f"{run.path} holds no run to resume; leave out resume or check the name")
+            for left in run.path.glob(".*.tmp"):
+                if left.is_file():  # a killed write_atomic left it; folders are their writer's to recover
+                    left.unlink()
             return run
         try:
             run.path.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,10 @@ from phase5_training.loop_state import LoopState
 from phase5_training.loss_registry import Loss
 from phase5_training.models import describe_layers, describe_size
 from phase5_training.phases import Phase
-from phase5_training.records import machine
+from phase5_training.records import RunDirectory, machine
+
+# A loss of so many times the first one is no bad luck of a batch.
+BLOWN_UP = 10
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,17 @@ def end_notice(state: LoopState, total_steps: int) -> str:
     )
 
 
+def has_failed(run: RunDirectory | None) -> bool:
+    """Whether a run has ended by a failure."""
+    record = run.read_result() if run is not None else None
+    return record is not None and record.get("stop_reason") == "failed"
+
+
 def check_trained(state: LoopState) -> None:
     """Whether a run that came to its end has anything to show.
 
     Raises:
-        RunFailed: no step was taken or all were skipped, or no finite figure came out.
+        RunFailed: no step was taken or most were skipped, no finite figure came out, or the loss blew up.
     """
     remedy = "lower learning_rate, or check the data for huge values"
     if not state.step:
@@ -88,9 +97,20 @@ def check_trained(state: LoopState) -> None:
         )
     if state.validation is not None and state.best_loss is None:
         raise RunFailed(f"no validation up to step {state.step} gave a finite loss; {remedy}")
+    if 2 * state.nonfinite > state.step:
+        raise RunFailed(
+            f"{state.nonfinite} of {state.step} steps were skipped: their loss or gradient was not finite; "
+            f"{remedy}"
+        )
     final = (state.validation or {}).get("loss", state.train_loss)
     if final is None or not math.isfinite(final):
         raise RunFailed(f"the final loss, at step {state.step}, is {final} and not a finite number; {remedy}")
+    last, first = state.train_loss, state.first_loss
+    # Overfitting raises the validation loss alone, and where the best weights are returned theirs is low.
+    if first is not None and last is not None and min(final, last) > BLOWN_UP * first > 0:
+        raise RunFailed(
+            f"the loss blew up from {first:.4g} at step 1 to {last:.4g} at step {state.step}; {remedy}"
+        )
 
 
 def result_record(

@@ -1,6 +1,7 @@
 """Whole runs through create_training_pipeline: what the documentation promises, on tiny data."""
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -945,3 +946,54 @@ def test_only_bad_steps_fail_the_run(task_files, pipeline, runs):
         pipeline(model, *task_files(), epochs=40).run()
     events = (runs / "run" / "events.jsonl").read_text().splitlines()
     assert json.loads(events[-1])["stop_reason"] == "failed"
+
+
+class TestAFailure:
+    def test_a_model_that_raises_is_recorded_and_its_name_is_free_again(self, task_files, pipeline, runs):
+        def broken(module, args, out):
+            if module.training and next(steps) == 3:
+                raise ZeroDivisionError("a bad day")
+
+        steps, model = itertools.count(), net()
+        hook = model.head.register_forward_hook(broken)
+        with pytest.raises(ZeroDivisionError):
+            pipeline(model, *task_files()).run()
+        record = json.loads((runs / "run" / "result.json").read_text())
+        assert (record["success"], record["stop_reason"]) == (False, "failed")
+        assert record["error"] == "ZeroDivisionError: a bad day"
+        hook.remove()
+        assert pipeline(net(), *task_files()).run().success
+        with pytest.raises(UsageError, match="already holds a run"):
+            pipeline(net(), *task_files()).run()
+
+    def test_a_failure_after_a_checkpoint_is_never_started_over(self, task_files, pipeline, runs):
+        model, steps = net(), itertools.count()
+        model.head.register_forward_hook(lambda module, args, out: 1 / (next(steps) < 12) and None)
+        with pytest.raises(ZeroDivisionError):
+            pipeline(model, *task_files(), checkpoint_interval=5).run()
+        with pytest.raises(UsageError, match="already holds a run"):
+            pipeline(net(), *task_files(), checkpoint_interval=5).run()
+        assert pipeline(net(), *task_files(), checkpoint_interval=5, auto_resume=True).run().success
+
+    def test_a_model_that_cannot_be_written(
+        self, task_files, pipeline, runs, monkeypatch, weights, assert_same
+    ):
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        whole = pipeline(net(), *task_files(), experiment_name="whole").run()
+        with monkeypatch.context() as patch:
+            patch.setattr("phase5_training.factory.save_compressed_model", full)
+            with pytest.raises(RunFailed, match=r"No space left.*checkpoint holds it; make room there, then"):
+                pipeline(net(), *task_files()).run()
+        assert json.loads((runs / "run" / "result.json").read_text())["stop_reason"] == "failed"
+        again = pipeline(net(), *task_files(), auto_resume=True).run()
+        assert_same(weights(whole.run_dir), weights(again.run_dir))
+
+    def test_a_loss_that_blew_up(self, task_files, pipeline, runs):
+        options = {"learning_rate": 1e4, "optimizer": "sgd", "schedule": "constant", "warmup_steps": 0}
+        options |= {"gradient_clipping": False, "use_bitnet": False, "epochs": 2}
+        model = nn.Linear(13, 3)
+        with pytest.raises(RunFailed, match=r"the loss blew up from .* at step 10; lower learning_rate"):
+            pipeline(model, *task_files(), early_stopping=False, **options).run()
+        assert not (runs / "run" / "best").exists()

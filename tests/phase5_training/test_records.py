@@ -297,3 +297,12 @@ def test_reading_records_does_not_load_torch() -> None:
     if "import" in package:
         pytest.skip("the package itself imports torch")
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+def test_resuming_removes_what_a_killed_replacement_left(runs: Path) -> None:
+    run = RunDirectory.create(runs, "a")
+    run.write_config({})
+    (run.path / ".result.json.12.tmp").write_text("half")
+    (run.path / ".best.12.old.tmp").mkdir()
+    RunDirectory.create(runs, "a", resume=True)
+    assert sorted(p.name for p in run.path.iterdir()) == [".best.12.old.tmp", "config.yaml"]

@@ -120,6 +120,7 @@ class TrainingLoop:
         self._resumed_random: Mapping[str, Any] | None = None
         self._epoch_random: Mapping[str, Any] = {}
         self._loss: Any = None
+        self._first_loss: Tensor | None = None
         self._started = time.perf_counter()
         self._meter = Meter(self.device)
 
@@ -322,6 +323,8 @@ class TrainingLoop:
         if self.scheduler:
             self._meter.lr = self.scheduler.get_lr()
             self.scheduler.step()
+        if not state.step:
+            self._first_loss = loss  # read at the first log: a step does not wait for the device
         samples = count_samples(batch)
         self._meter.add(loss, self.optimizer.report.nonfinite, samples, counts=total > 0)
         state.step, state.batch, state.samples = state.step + 1, state.batch + 1, state.samples + samples
@@ -390,6 +393,8 @@ class TrainingLoop:
             "elapsed_s": self._clock(),
         }
         skipped, steps = row.pop("skipped"), row.pop("steps")
+        if state.first_loss is None and self._first_loss is not None:
+            state.first_loss = number(self._first_loss)
         state.note_training(row, skipped, steps)
         row["nonfinite_steps"] = state.nonfinite
         self.callbacks.fire(Event.LOG, state.step, row)
