@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint typecheck format bench clean distclean
+.PHONY: help demo test check lint typecheck format faults bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -33,6 +33,9 @@ typecheck: $(VENV)/dev.stamp ## mypy
 format: $(VENV)/dev.stamp ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+faults: $(VENV)/dev.stamp ## kill real training a hundred times and at every moment of a save; minutes
+	PYTHONPATH=tests $(BIN)/python -m faults.trials $(ARGS)
 
 # A case whose library is missing keeps its row with the error, so the libraries come first.
 bench: $(VENV)/bench.stamp ## measure against float layers and other libraries; hours; replaces the records
