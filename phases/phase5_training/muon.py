@@ -65,10 +65,10 @@ class Muon(torch.optim.Muon):
         update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         tall = update.shape[0] > update.shape[1]
         wide = (update.t() if tall else update).float()
-        left, right, scale = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        left, right = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rate = float(group["lr"])
         keep = 1 - rate * group["weight_decay"]
-        scale *= -rate * rate_factor(group["adjust_lr_fn"], *p.shape)
+        scale = -rate * rate_factor(group["adjust_lr_fn"], *p.shape)
         target = p.t() if tall else p
         if p.dtype == torch.float32:  # the last product adds to the weight itself
             target.addmm_(left, right, beta=keep, alpha=scale)
@@ -78,7 +78,7 @@ class Muon(torch.optim.Muon):
 
 def orthogonalize(
     x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor]:
     """Newton-Schulz iteration towards the nearest matrix with singular values about 1.
 
     With A = X Xᵀ one step is X <- (a I + b A + c A²) X. All these polynomials of one A commute, so a step may
@@ -91,13 +91,13 @@ def orthogonalize(
         eps: least norm that x is divided by.
 
     Returns:
-        (m, m), (m, n) and a factor; the result is their product.
+        (m, m) and (m, n); the result is their product.
     """
     a, b, c = coefficients
     gram = x @ x.t()
     # The trace of the Gram matrix is the squared norm of x.
-    norm = max(float(gram.diagonal().double().sum()) ** 0.5, eps)
-    gram /= norm**2
+    squared_norm = gram.diagonal().sum().clamp_(min=eps**2)
+    gram /= squared_norm
     by_gram = x.shape[1] >= _GRAM_RATIO * x.shape[0]
     left: Tensor | None = None
     for step in range(steps):
@@ -112,9 +112,9 @@ def orthogonalize(
             left = factor
         else:
             x = factor @ x
-            gram = (x @ x.t()).div_(norm**2)
+            gram = (x @ x.t()).div_(squared_norm)
     assert left is not None
-    return left, x, 1 / norm
+    return left.div_(squared_norm.sqrt()), x
 
 
 def rate_factor(adjust: str | None, rows: int, columns: int) -> float:

@@ -526,7 +526,7 @@ double squares_of_block(const float* from, int64_t size) {
   return (sum[0].total() + sum[1].total()) + (sum[2].total() + sum[3].total());
 }
 
-double sum_of_squares(at::TensorList tensors) {
+at::Tensor sum_of_squares(at::TensorList tensors) {
   std::vector<std::pair<const float*, int64_t>> blocks;
   for (const at::Tensor& t : tensors) {
     const float* from = floats(t);
@@ -537,8 +537,9 @@ double sum_of_squares(at::TensorList tensors) {
   at::parallel_for(0, static_cast<int64_t>(blocks.size()), 8, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) sums[i] = squares_of_block(blocks[i].first, blocks[i].second);
   });
-  double total = 0;
-  for (double sum : sums) total += sum;
+  at::Tensor total = at::empty({}, at::TensorOptions().dtype(at::kDouble));
+  double& value = *total.data_ptr<double>() = 0;
+  for (double sum : sums) value += sum;
   return total;
 }
 
@@ -555,7 +556,7 @@ TORCH_LIBRARY_FRAGMENT(forge, m) {
       "filter_gradients_(Tensor(a!)[] grads, Tensor(b!)[] slow, int[] seeds, float decay, float of_gradient, "
       "float of_average) -> ()");
   m.def("requantize_(Tensor[] weights, Tensor(a!)[] codes, Tensor(b!)[] scales, int bits) -> ()");
-  m.def("sum_of_squares(Tensor[] tensors) -> float");
+  m.def("sum_of_squares(Tensor[] tensors) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(forge, CPU, m) {

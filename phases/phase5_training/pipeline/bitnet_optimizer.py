@@ -9,7 +9,6 @@ AdamW where that does not apply, takes one after the other, the general path. On
 multi-tensor operators, without a wait for the device; no figures were taken there.
 """
 
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -241,8 +240,8 @@ class BitNetOptimizer(Optimizer):
         """Clip, filter and let the wrapped optimizers step, one after the other."""
         if not params:
             return
-        # On the host the factor is read for free, and is mostly 1.
-        if self.max_grad_norm is not None and (factor.device.type != "cpu" or factor < 1):
+        # On the host the factor is read for free.
+        if self.max_grad_norm is not None and (self._undo_on_device or factor < 1):
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
         if self.gradient_filter is not None:
             self.gradient_filter.filter_(params, self.state, self.steps)
@@ -357,8 +356,7 @@ def _total_norm(tensors: Sequence[Tensor]) -> Tensor:
     if native.available() and all(
         t.dtype is torch.float32 and t.layout is torch.strided and t.is_contiguous() for t in tensors
     ):
-        squares = torch.ops.forge.sum_of_squares(list(tensors))
-        return torch.tensor(math.sqrt(squares), dtype=torch.float32)
+        return torch.ops.forge.sum_of_squares(list(tensors)).sqrt().float()
     flat = [t.detach().float().reshape(-1) for t in tensors]
     return torch.stack([torch.dot(t, t) for t in flat]).double().sum().sqrt().float()
 
