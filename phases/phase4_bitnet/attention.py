@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phase4_bitnet import native
+from phase4_bitnet.int8_linear import NATIVE_DTYPES
 
 # Widest head that the native kernel takes; it works in vectors of 16.
 NATIVE_HEAD_DIM = 256
@@ -62,7 +63,7 @@ class _NativeAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         out, log_sums = torch.ops.forge.causal_attention(qkv, cos, sin)
-        ctx.save_for_backward(qkv, cos, sin, out, log_sums)
+        ctx.save_for_backward(qkv, cos, sin, log_sums)
         return out
 
     @staticmethod
@@ -91,7 +92,7 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     batch, length, _, heads, head_dim = qkv.shape
     if _use_native(qkv):
-        return _NativeAttention.apply(qkv.float(), cos, sin).to(qkv.dtype)
+        return _NativeAttention.apply(qkv, cos, sin)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     out = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
     return out.transpose(1, 2).reshape(batch, length, heads * head_dim)
@@ -102,6 +103,7 @@ def _use_native(qkv: Tensor) -> bool:
     length, head_dim = qkv.shape[1], qkv.shape[-1]
     return (
         qkv.device.type == "cpu"
+        and qkv.dtype in NATIVE_DTYPES
         and length > PLAIN_ATTENTION_LENGTH
         and head_dim % 16 == 0
         and head_dim <= NATIVE_HEAD_DIM
@@ -162,16 +164,16 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 torch.library.define("forge::causal_attention", "(Tensor qkv, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
 torch.library.define(
     "forge::causal_attention_backward",
-    "(Tensor grad, Tensor qkv, Tensor cos, Tensor sin, Tensor out, Tensor log_sums) -> Tensor",
+    "(Tensor grad, Tensor qkv, Tensor cos, Tensor sin, Tensor log_sums) -> Tensor",
 )
 
 
 @torch.library.register_fake("forge::causal_attention")
 def _(qkv: Tensor, cos: Tensor, sin: Tensor) -> Any:
     batch, length, _, heads, head_dim = qkv.shape
-    return qkv.new_empty((batch, length, heads * head_dim)), qkv.new_empty((batch, heads, length))
+    return qkv.new_empty((batch, length, heads * head_dim)), cos.new_empty((batch, heads, length))
 
 
 @torch.library.register_fake("forge::causal_attention_backward")
-def _(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, out: Tensor, log_sums: Tensor) -> Any:
+def _(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, log_sums: Tensor) -> Any:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)

@@ -21,9 +21,13 @@ GRADIENT_FLOOR = torch.finfo(torch.float32).tiny * 128
 GRADIENT_BLOCK = 512
 
 
-def _use_native(x: Tensor) -> bool:
-    """Whether the native kernels take this tensor."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and native.available()
+# Element types that the native kernels read and write; they compute in int32 and float32.
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def _use_native(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the native kernels run here and take tensors of this dtype."""
+    return device.type == "cpu" and dtype in NATIVE_DTYPES and native.available()
 
 
 def quantize_input(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,22 +40,25 @@ def quantize_input(x: Tensor) -> tuple[Tensor, Tensor]:
         int8 (rows, columns), and float32 (rows, 1).
     """
     # torch.compile joins torch's operators with what made x, so x itself is never written.
-    if torch.compiler.is_compiling() or not _use_native(x):
+    if torch.compiler.is_compiling() or not _use_native(x.device, x.dtype):
         return quantize_rows(x)
     return torch.ops.forge.quantize_rows(x, SCALE_FLOOR)
 
 
-def int8_linear(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-    """``(rows @ codes.T) * (row_scale * scale)`` with int32 sums.
+def int8_linear(
+    rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``(rows @ codes.T) * (row_scale * scale)`` with int32 sums, scaled in float32.
 
     Args:
         rows: (m, k) int8, the quantized input.
         row_scale: (m, 1) float32.
         codes: (n, k) int8 in {-1, 0, 1}.
         scale: () float32.
+        dtype: of the result, which is rounded to it once.
 
     Returns:
-        (m, n) float32.
+        (m, n) of that dtype.
 
     Raises:
         ValueError: k is so large that int32 could overflow.
@@ -61,10 +68,10 @@ def int8_linear(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor) -
         >>> int8_linear(one, torch.ones(1, 1), one, torch.tensor(0.5))
         tensor([[1.]])
     """
-    if _use_native(row_scale) and rows.shape[1] <= MAX_INNER:
-        return torch.ops.forge.int8_linear(rows, row_scale, codes, scale)
+    if _use_native(rows.device, dtype) and rows.shape[1] <= MAX_INNER:
+        return torch.ops.forge.int8_linear(rows, row_scale, codes, scale, dtype)
     # Converted first: torch multiplies int32 by float element by element, 50 times slower.
-    return int8_matmul(rows, codes.t()).float().mul_(row_scale * scale)
+    return int8_matmul(rows, codes.t()).float().mul_(row_scale * scale).to(dtype)
 
 
 def int8_linear_backward(
@@ -89,14 +96,14 @@ def int8_linear_backward(
     magnitude of its row, or of its column and block.
 
     Args:
-        grad: (m, n) float32, gradient of the output.
+        grad: (m, n) float32 or bfloat16, gradient of the output.
         rows, row_scale, codes, scale: as for :func:`int8_linear`.
         want_input, want_weight: which of the two to compute.
 
     Returns:
-        (m, k) and (n, k) float32, None for one that is not wanted.
+        (m, k) in the dtype of ``grad`` and (n, k) float32, None for one that is not wanted.
     """
-    if _use_native(grad) and grad.shape[1] <= MAX_INNER and grad.numel():
+    if _use_native(grad.device, grad.dtype) and grad.shape[1] <= MAX_INNER and grad.numel():
         grad_input, grad_weight = torch.ops.forge.int8_linear_backward(
             grad, rows, row_scale, codes, scale, GRADIENT_FLOOR, GRADIENT_BLOCK, want_input, want_weight
         )
@@ -104,9 +111,9 @@ def int8_linear_backward(
     grad_input = grad_weight = None
     if want_input:
         q, q_scale = quantize_rows(grad, GRADIENT_FLOOR)
-        grad_input = int8_matmul(q, codes).float().mul_(q_scale * scale)
+        grad_input = int8_matmul(q, codes).float().mul_(q_scale * scale).to(grad.dtype)
     if want_weight:
-        grad_weight = grad.new_zeros((grad.shape[1], rows.shape[1]))
+        grad_weight = row_scale.new_zeros((grad.shape[1], rows.shape[1]))
         # A device with tensor cores is better off with few large products.
         block = GRADIENT_BLOCK if grad.device.type == "cpu" else MAX_INNER
         folded = grad * row_scale
@@ -120,7 +127,8 @@ def int8_linear_backward(
 # bodies.
 torch.library.define("forge::quantize_rows", "(Tensor x, float floor) -> (Tensor, Tensor)")
 torch.library.define(
-    "forge::int8_linear", "(Tensor rows, Tensor row_scale, Tensor codes, Tensor scale) -> Tensor"
+    "forge::int8_linear",
+    "(Tensor rows, Tensor row_scale, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor",
 )
 torch.library.define(
     "forge::int8_linear_backward",
@@ -131,12 +139,12 @@ torch.library.define(
 
 @torch.library.register_fake("forge::quantize_rows")
 def _(x: Tensor, floor: float) -> Any:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1))
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
 @torch.library.register_fake("forge::int8_linear")
-def _(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor) -> Any:
-    return row_scale.new_empty((rows.shape[0], codes.shape[0]))
+def _(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Any:
+    return row_scale.new_empty((rows.shape[0], codes.shape[0]), dtype=dtype)
 
 
 @torch.library.register_fake("forge::int8_linear_backward")
@@ -146,5 +154,5 @@ def _(
 ) -> Any:  # fmt: skip
     return (
         grad.new_empty((rows.shape[0], codes.shape[1]) if want_input else (0,)),
-        grad.new_empty(codes.shape if want_weight else (0,)),
+        row_scale.new_empty(codes.shape if want_weight else (0,)),
     )

@@ -58,7 +58,7 @@ class _Int8Linear(torch.autograd.Function):
         rows, row_scale = quantize_input(x)
         ctx.save_for_backward(rows, row_scale, codes, scale)
         ctx.x_dtype, ctx.latent_dtype, ctx.how = x.dtype, latent.dtype, backward
-        return int8_linear(rows, row_scale, codes, scale).to(out_dtype)
+        return int8_linear(rows, row_scale, codes, scale, out_dtype)
 
     @staticmethod
     @once_differentiable
@@ -69,7 +69,7 @@ class _Int8Linear(torch.autograd.Function):
         if ctx.how == "int8":
             want_input, want_weight = ctx.needs_input_grad[:2]
             grad_x, grad_latent = int8_linear_backward(
-                grad.float(), rows, row_scale, codes, scale, want_input, want_weight
+                grad, rows, row_scale, codes, scale, want_input, want_weight
             )
         else:
             # "auto" follows the dtype the forward produced: bf16 under autocast, else float32.

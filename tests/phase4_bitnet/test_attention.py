@@ -87,6 +87,9 @@ def test_bf16_values_come_back_in_bf16(length: int, autocast: bool) -> None:
     np.testing.assert_allclose(out.float().numpy(), expected(q, k, half), atol=0.06)
 
 
+needs_native = pytest.mark.skipif(not native.available(), reason="no native kernels on this machine")
+
+
 def fused(length: int, width: int, *, batch: int = 2, heads: int = 3) -> torch.Tensor:
     generator = torch.Generator().manual_seed(length + width)
     return torch.randn(batch, length, 3, heads, width, generator=generator) * 2
@@ -152,6 +155,24 @@ def test_rotary_attention_of_bf16_comes_back_in_bf16(implementation) -> None:
     out = rotary_attention(x, *rope_table(40, 16))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), in_float64(x.float()), atol=0.06, rtol=0.02)
+
+
+@pytest.mark.parametrize(("length", "width"), [(17, 16), (33, 48), (100, 64)])
+def test_the_gradient_of_bf16_is_within_its_rounding(implementation, length: int, width: int) -> None:
+    x = fused(length, width).bfloat16()
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    grad = torch.randn(2, length, 3 * width, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rotary_attention(ours, *rope_table(length, width)).backward(grad)
+    in_float64(theirs).backward(grad.double())
+    assert ours.grad.dtype == torch.bfloat16
+    # Rounding the result: 2**-9 of each value. The output is kept in bf16 for backward: 2**-9 of a sum.
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=2e-2, rtol=2e-2)
+
+
+@needs_native
+def test_native_bf16_is_the_float32_result_rounded_once() -> None:
+    x, tables = fused(100, 48).bfloat16(), rope_table(100, 48)
+    assert torch.equal(rotary_attention(x, *tables), rotary_attention(x.float(), *tables).bfloat16())
 
 
 def test_the_native_kernel_is_used_and_compiles_without_a_break() -> None:

@@ -63,25 +63,39 @@ def test_gradients_are_within_half_a_step_a_term(implementation, shape):
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [4, 512])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_native_and_torch_give_the_same_bits(monkeypatch, shape, block):
+def test_native_and_torch_give_the_same_bits(monkeypatch, shape, block, dtype):
     monkeypatch.setattr("phase4_bitnet.int8_linear.GRADIENT_BLOCK", block)
     rows, row_scale, codes, scale, grad = make(*shape)
-    x = torch.randn(shape[0], shape[1])
-    ours = [
-        *quantize_input(x),
-        int8_linear(rows, row_scale, codes, scale),
-        *int8_linear_backward(grad, rows, row_scale, codes, scale),
-    ]
+    x, grad = torch.randn(shape[0], shape[1]).to(dtype), grad.to(dtype)
+
+    def results():
+        return [
+            *quantize_input(x),
+            int8_linear(rows, row_scale, codes, scale, dtype),
+            *int8_linear_backward(grad, rows, row_scale, codes, scale),
+        ]
+
+    ours = results()
     monkeypatch.setattr("phase4_bitnet.int8_linear.native.available", lambda: False)
-    theirs = [
-        *quantize_input(x),
-        int8_linear(rows, row_scale, codes, scale),
-        *int8_linear_backward(grad, rows, row_scale, codes, scale),
-    ]
-    for a, b in zip(ours, theirs, strict=True):
+    for a, b in zip(ours, results(), strict=True):
+        assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_is_the_float32_result_rounded_once(implementation, shape):
+    rows, row_scale, codes, scale, grad = make(*shape)
+    grad = grad.bfloat16()
+    wide = int8_linear(rows, row_scale, codes, scale)
+    assert torch.equal(int8_linear(rows, row_scale, codes, scale, torch.bfloat16), wide.bfloat16())
+    grad_input, grad_weight = int8_linear_backward(grad, rows, row_scale, codes, scale)
+    want_input, want_weight = int8_linear_backward(grad.float(), rows, row_scale, codes, scale)
+    assert torch.equal(grad_input, want_input.bfloat16())
+    assert torch.equal(grad_weight, want_weight)
+    assert grad_weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -104,9 +118,11 @@ def test_the_number_of_threads_changes_no_bit(threads):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_stays_so(implementation, value):
+def test_a_gradient_that_is_not_finite_stays_so(implementation, value, dtype):
     rows, row_scale, codes, scale, grad = make(20, 8, 16)
+    grad = grad.to(dtype)
     grad[3, 5] = value
     grad_input, grad_weight = int8_linear_backward(grad, rows, row_scale, codes, scale)
     assert not grad_input[3].isfinite().any()

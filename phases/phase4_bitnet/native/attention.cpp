@@ -1,4 +1,5 @@
-// Causal self-attention with rotary positions, float32, from the fused projection and back to it.
+// Causal self-attention with rotary positions from the fused projection and back to it. Tensors are float32 or
+// bf16, all that is computed is float32.
 //
 // One (sample, head) at a time is gathered into scratch that stays in L2, rotated on the way, and worked on
 // in blocks of queries against all the keys they may see. Nothing is permuted in memory, keys after the
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <limits>
 
+#include "elements.h"
 #include "parallel.h"
 
 namespace forge {
@@ -101,26 +103,62 @@ struct Shape {
 };
 
 // Rotate row x by its position: the "rotate half" layout. `turn` is 1, or -1 for the gradient.
-inline void rotate(const float* x, const float* cos, const float* sin, float turn, float factor, int64_t width,
-                   float* out) {
+template <typename In, typename Out>
+inline void rotate(const In* x, const float* cos, const float* sin, float turn, float factor, int64_t width,
+                   Out* out) {
   const int64_t half = width / 2;
   const __m512 by = _mm512_set1_ps(factor), back = _mm512_set1_ps(turn);
   for (int64_t d = 0; d < half; d += 16) {
-    const __mmask16 mask = half - d >= 16 ? 0xffff : static_cast<__mmask16>((1u << (half - d)) - 1);
+    const __mmask16 mask = tail_mask(half - d);
     // Both halves of the tables are equal, so the transpose of the rotation is the rotation back.
-    const __m512 c = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, cos + d), by);
-    const __m512 s = _mm512_mul_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sin + d), by), back);
-    const __m512 first = _mm512_maskz_loadu_ps(mask, x + d), second = _mm512_maskz_loadu_ps(mask, x + half + d);
-    _mm512_mask_storeu_ps(out + d, mask, _mm512_fnmadd_ps(second, s, _mm512_mul_ps(first, c)));
-    _mm512_mask_storeu_ps(out + half + d, mask, _mm512_fmadd_ps(first, s, _mm512_mul_ps(second, c)));
+    const __m512 c = _mm512_mul_ps(load(mask, cos + d), by);
+    const __m512 s = _mm512_mul_ps(_mm512_mul_ps(load(mask, sin + d), by), back);
+    const __m512 first = load(mask, x + d), second = load(mask, x + half + d);
+    store(mask, out + d, _mm512_fnmadd_ps(second, s, _mm512_mul_ps(first, c)));
+    store(mask, out + half + d, _mm512_fmadd_ps(first, s, _mm512_mul_ps(second, c)));
   }
 }
 
-// (rows, columns) -> (columns, rows), `stride` apart
+template <typename In, typename Out>
+inline void convert(const In* x, int64_t count, Out* out) {
+  for (int64_t d = 0; d < count; d += 16) store(tail_mask(count - d), out + d, load(tail_mask(count - d), x + d));
+}
+
+// 16 x 16: in each step rows that are 1, 2, 4, 8 apart trade half of their elements.
+inline void transpose_16(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(from + r * from_stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4)
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; ++h) {
+      const __m512d low = _mm512_castps_pd(b[r + h]), high = _mm512_castps_pd(b[r + 2 + h]);
+      a[r + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[r + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  // Now a[4 g + c] has, in its quarter l, column 4 l + c of rows 4 g to 4 g + 3.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(even01, even23, 0x88));
+    _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+    _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+    _mm512_storeu_ps(to + (12 + c) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+  }
+}
+
+// (rows, columns) -> (columns, rows), `stride` apart; both multiples of 16
 void transpose(const float* from, int64_t rows, int64_t columns, int64_t stride, float* to) {
   for (int64_t i = 0; i < rows; i += 16)
-    for (int64_t j = 0; j < columns; ++j)
-      for (int64_t r = 0; r < 16; ++r) to[j * stride + i + r] = from[(i + r) * columns + j];
+    for (int64_t j = 0; j < columns; j += 16) transpose_16(from + i * columns + j, columns, to + j * stride + i, stride);
 }
 
 // Cuts a thread's scratch into matrices.
@@ -135,13 +173,14 @@ struct Cutter {
 };
 
 // One head's queries (scaled) and keys, rotated, and its values; rows past the length are zero.
-void gather(const float* qkv, const Shape& s, const float* cos, const float* sin, float* q, float* k, float* v) {
+template <typename T>
+void gather(const T* qkv, const Shape& s, const float* cos, const float* sin, float* q, float* k, float* v) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(s.width));
   for (int64_t t = 0; t < s.length; ++t) {
-    const float* own = qkv + t * s.position();
+    const T* own = qkv + t * s.position();
     rotate(own, cos + t * s.width, sin + t * s.width, 1, scale, s.width, q + t * s.width);
     rotate(own + s.part(), cos + t * s.width, sin + t * s.width, 1, 1, s.width, k + t * s.width);
-    std::memcpy(v + t * s.width, own + 2 * s.part(), s.width * sizeof(float));
+    convert(own + 2 * s.part(), s.width, v + t * s.width);
   }
   for (float* each : {q, k, v})
     std::memset(each + s.length * s.width, 0, (s.padded - s.length) * s.width * sizeof(float));
@@ -152,11 +191,12 @@ inline __mmask16 seen(int64_t row, int64_t column) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv_in, const Tensor& cos_in, const Tensor& sin_in) {
+template <typename T>
+std::tuple<Tensor, Tensor> attend(const Tensor& qkv_in, const Tensor& cos_in, const Tensor& sin_in) {
   const Tensor qkv = qkv_in.contiguous(), cos = cos_in.contiguous(), sin = sin_in.contiguous();
   const Shape s(qkv);
   Tensor out = at::empty({s.batch, s.length, s.part()}, qkv.options());
-  Tensor log_sums = at::empty({s.batch, s.heads, s.length}, qkv.options());
+  Tensor log_sums = at::empty({s.batch, s.heads, s.length}, cos.options());
   const int64_t stride = s.key_stride(), floats = 3 * s.matrix() + stride * (s.width + kBlock) + kBlock * s.width;
   for_each_task(s.batch * s.heads, floats, [&](int64_t task, float* memory) {
     const int64_t sample = task / s.heads, head = task % s.heads;
@@ -164,10 +204,10 @@ std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv_in, const Tensor& 
     float *q = scratch.take(s.matrix()), *k = scratch.take(s.matrix()), *v = scratch.take(s.matrix());
     float *k_t = scratch.take(s.width * stride), *scores = scratch.take(kBlock * stride);
     float* mixed = scratch.take(kBlock * s.width);
-    gather(qkv.const_data_ptr<float>() + sample * s.length * s.position() + head * s.width, s,
+    gather(qkv.const_data_ptr<T>() + sample * s.length * s.position() + head * s.width, s,
            cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), q, k, v);
     transpose(k, s.padded, s.width, stride, k_t);
-    float* to = out.mutable_data_ptr<float>() + sample * s.length * s.part() + head * s.width;
+    T* to = out.mutable_data_ptr<T>() + sample * s.length * s.part() + head * s.width;
     float* logs = log_sums.mutable_data_ptr<float>() + (sample * s.heads + head) * s.length;
     for (int64_t first = 0; first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock, last = std::min(s.length, keys);
@@ -192,20 +232,23 @@ std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv_in, const Tensor& 
       }
       multiply<false, false>(kBlock, s.width, keys, scores, stride, v, s.width, mixed, s.width);
       for (int64_t i = first; i < last; ++i)
-        for (int64_t d = 0; d < s.width; ++d)
-          to[i * s.part() + d] = mixed[(i - first) * s.width + d] * factors[i - first];
+        for (int64_t d = 0; d < s.width; d += 16) {
+          const __m512 sum = _mm512_loadu_ps(mixed + (i - first) * s.width + d);
+          store(0xffff, to + i * s.part() + d, _mm512_mul_ps(sum, _mm512_set1_ps(factors[i - first])));
+        }
     }
   });
   return {out, log_sums};
 }
 
-Tensor causal_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& cos_in,
-                                 const Tensor& sin_in, const Tensor& out_in, const Tensor& log_sums_in) {
+template <typename T>
+Tensor attend_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor& cos_in, const Tensor& sin_in,
+                       const Tensor& log_sums_in) {
   const Tensor grad = grad_in.contiguous(), qkv = qkv_in.contiguous(), cos = cos_in.contiguous();
-  const Tensor sin = sin_in.contiguous(), out = out_in.contiguous(), log_sums = log_sums_in.contiguous();
+  const Tensor sin = sin_in.contiguous(), log_sums = log_sums_in.contiguous();
   const Shape s(qkv);
   Tensor grad_qkv = at::empty_like(qkv);
-  const int64_t stride = s.key_stride(), floats = 7 * s.matrix() + 2 * stride * (s.width + kBlock) + 2 * s.padded;
+  const int64_t stride = s.key_stride(), floats = 7 * s.matrix() + 2 * stride * (s.width + kBlock) + s.padded;
   for_each_task(s.batch * s.heads, floats, [&](int64_t task, float* memory) {
     const int64_t sample = task / s.heads, head = task % s.heads;
     Cutter scratch{memory};
@@ -214,26 +257,21 @@ Tensor causal_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
     float* d_out = scratch.take(s.matrix());
     float *d_q = scratch.take(s.matrix()), *d_k = scratch.take(s.matrix()), *d_v = scratch.take(s.matrix());
     float *weights = scratch.take(kBlock * stride), *d_scores = scratch.take(kBlock * stride);
-    float *logs = scratch.take(s.padded), *deltas = scratch.take(s.padded);
+    float* logs = scratch.take(s.padded);
     const int64_t offset = sample * s.length * s.position() + head * s.width;
     const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
-    gather(qkv.const_data_ptr<float>() + offset, s, cosines, sines, q, k, v);
+    gather(qkv.const_data_ptr<T>() + offset, s, cosines, sines, q, k, v);
     transpose(k, s.padded, s.width, stride, k_t);
     transpose(v, s.padded, s.width, stride, v_t);
     std::memset(d_k, 0, s.matrix() * sizeof(float));
     std::memset(d_v, 0, s.matrix() * sizeof(float));
     std::memset(d_out, 0, s.matrix() * sizeof(float));
-    std::memset(logs, 0, 2 * s.padded * sizeof(float));
+    std::memset(logs, 0, s.padded * sizeof(float));
     std::memcpy(logs, log_sums.const_data_ptr<float>() + (sample * s.heads + head) * s.length,
                 s.length * sizeof(float));
     for (int64_t t = 0; t < s.length; ++t) {
       const int64_t at = (sample * s.length + t) * s.part() + head * s.width;
-      const float *own = grad.const_data_ptr<float>() + at, *result = out.const_data_ptr<float>() + at;
-      std::memcpy(d_out + t * s.width, own, s.width * sizeof(float));
-      __m512 product = _mm512_setzero_ps();
-      for (int64_t d = 0; d < s.width; d += 16)
-        product = _mm512_fmadd_ps(_mm512_loadu_ps(own + d), _mm512_loadu_ps(result + d), product);
-      deltas[t] = _mm512_reduce_add_ps(product);
+      convert(grad.const_data_ptr<T>() + at, s.width, d_out + t * s.width);
     }
     for (int64_t first = 0; first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock;
@@ -242,12 +280,20 @@ Tensor causal_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
       multiply<false, false>(kBlock, keys, s.width, d_own, s.width, v_t, stride, d_scores, stride);
       for (int64_t i = first; i < keys; ++i) {
         float *weight = weights + (i - first) * stride, *d_score = d_scores + (i - first) * stride;
-        const __m512 log = _mm512_set1_ps(logs[i]), delta = _mm512_set1_ps(deltas[i]);
+        const __m512 log = _mm512_set1_ps(logs[i]);
+        // The mean of the row's d_score by its weights. Equal to grad * out, but not by an out that may have
+        // been rounded to bf16.
+        __m512 sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < keys; j += 16) {
           const __m512 p = _mm512_maskz_mov_ps(
               seen(i, j), exp_nonpositive(_mm512_sub_ps(_mm512_loadu_ps(weight + j), log)));
           _mm512_storeu_ps(weight + j, p);
-          _mm512_storeu_ps(d_score + j, _mm512_mul_ps(p, _mm512_sub_ps(_mm512_loadu_ps(d_score + j), delta)));
+          sum = _mm512_fmadd_ps(p, _mm512_loadu_ps(d_score + j), sum);
+        }
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+        for (int64_t j = 0; j < keys; j += 16) {
+          const __m512 off = _mm512_sub_ps(_mm512_loadu_ps(d_score + j), mean);
+          _mm512_storeu_ps(d_score + j, _mm512_mul_ps(_mm512_loadu_ps(weight + j), off));
         }
       }
       multiply<true, true>(keys, s.width, kBlock, weights, stride, d_own, s.width, d_v, s.width);
@@ -255,15 +301,27 @@ Tensor causal_attention_backward(const Tensor& grad_in, const Tensor& qkv_in, co
       multiply<false, false>(kBlock, s.width, keys, d_scores, stride, k, s.width, d_q + first * s.width, s.width);
     }
     const float scale = 1.0f / std::sqrt(static_cast<float>(s.width));
-    float* to = grad_qkv.mutable_data_ptr<float>() + offset;
+    T* to = grad_qkv.mutable_data_ptr<T>() + offset;
     for (int64_t t = 0; t < s.length; ++t) {
       const float *c = cosines + t * s.width, *n = sines + t * s.width;
       rotate(d_q + t * s.width, c, n, -1, scale, s.width, to + t * s.position());
       rotate(d_k + t * s.width, c, n, -1, 1, s.width, to + t * s.position() + s.part());
-      std::memcpy(to + t * s.position() + 2 * s.part(), d_v + t * s.width, s.width * sizeof(float));
+      convert(d_v + t * s.width, s.width, to + t * s.position() + 2 * s.part());
     }
   });
   return grad_qkv;
+}
+
+std::tuple<Tensor, Tensor> causal_attention(const Tensor& qkv, const Tensor& cos, const Tensor& sin) {
+  return with_element(qkv.scalar_type(),
+                      [&](auto element) { return attend<decltype(element)>(qkv, cos, sin); });
+}
+
+Tensor causal_attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+                                 const Tensor& log_sums) {
+  return with_element(qkv.scalar_type(), [&](auto element) {
+    return attend_backward<decltype(element)>(grad, qkv, cos, sin, log_sums);
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "elements.h"
 #include "int8_gemm.h"
 
 namespace forge {
@@ -29,25 +30,23 @@ inline float float_of_bits(uint32_t bits) {
   return value;
 }
 
-inline __mmask16 tail_mask(int64_t left) {
-  return left >= 16 ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-}
-
-inline float largest_magnitude(const float* x, int64_t count, float floor) {
+template <typename T>
+float largest_magnitude(const T* x, int64_t count, float floor) {
   __m512i top = _mm512_setzero_si512();
   for (int64_t i = 0; i < count; i += 16)
-    top = _mm512_max_epu32(top, magnitude_bits(_mm512_maskz_loadu_ps(tail_mask(count - i), x + i)));
+    top = _mm512_max_epu32(top, magnitude_bits(load(tail_mask(count - i), x + i)));
   const float largest = float_of_bits(_mm512_reduce_max_epu32(top));
   return largest < floor ? floor : largest;  // NaN stays
 }
 
 // q = round(x * 127 / max|x|), ties to even; returns the scale max|x| / 127.
-inline float quantize_row(const float* x, int64_t count, float floor, int8_t* q) {
+template <typename T>
+float quantize_row(const T* x, int64_t count, float floor, int8_t* q) {
   const float largest = largest_magnitude(x, count, floor);
   const __m512 factor = _mm512_set1_ps(1.0f / largest * kInt8Max);  // torch's order for 127 / largest
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 mask = tail_mask(count - i);
-    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor));
+    const __m512i rounded = _mm512_cvtps_epi32(_mm512_mul_ps(load(mask, x + i), factor));
     _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(rounded));
   }
   return largest / kInt8Max;
@@ -57,24 +56,27 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x_in, double floor) {
   const Tensor x = x_in.contiguous();
   const int64_t m = x.size(0), k = x.size(1);
   Tensor rows = at::empty({m, k}, x.options().dtype(at::kChar));
-  Tensor scale = at::empty({m, 1}, x.options());
-  const float* from = x.const_data_ptr<float>();
+  Tensor scale = at::empty({m, 1}, x.options().dtype(at::kFloat));
   int8_t* to = rows.mutable_data_ptr<int8_t>();
   float* scales = scale.mutable_data_ptr<float>();
   const int64_t block = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
-  for_each_task(ceil_div(m, block), [&](int64_t task) {
-    for (int64_t i = task * block; i < std::min(m, (task + 1) * block); ++i)
-      scales[i] = quantize_row(from + i * k, k, static_cast<float>(floor), to + i * k);
+  with_element(x.scalar_type(), [&](auto element) {
+    const auto* from = x.const_data_ptr<decltype(element)>();
+    for_each_task(ceil_div(m, block), [&](int64_t task) {
+      for (int64_t i = task * block; i < std::min(m, (task + 1) * block); ++i)
+        scales[i] = quantize_row(from + i * k, k, static_cast<float>(floor), to + i * k);
+    });
   });
   return {rows, scale};
 }
 
-// out[i, j] = (sum_d left[i, d] * right[d, j]) * (row_scale[i] * scale), int32 sums, float32 out.
+// out[i, j] = (sum_d left[i, d] * right[d, j]) * (row_scale[i] * scale), int32 sums, rounded once to the element of out.
 //
 // left: (m, stride) signed bytes of which `depth` count, zeros from there to the next multiple of four.
 // packed: panels of the right operand, shifted by `offset`.
+template <typename Out>
 void multiply_scaled(const int8_t* left, int64_t stride, int64_t m, int64_t depth, const uint8_t* packed,
-                     int64_t columns, int32_t offset, const float* row_scale, float scale, float* out) {
+                     int64_t columns, int32_t offset, const float* row_scale, float scale, Out* out) {
   const int64_t steps = ceil_div(depth, 4), panels = ceil_div(columns, kTileColumns);
   const int64_t panel_bytes = steps * kTileColumns * 4, blocks = ceil_div(m, kLeftBlock);
   if (!blocks || !panels) return;
@@ -98,8 +100,7 @@ void multiply_scaled(const int8_t* left, int64_t stride, int64_t m, int64_t dept
             const int64_t column = panel * kTileColumns + v * 16;
             if (column >= columns) break;
             const __m512 exact = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums[r][v], own));
-            _mm512_mask_storeu_ps(out + (i + r) * columns + column, tail_mask(columns - column),
-                                  _mm512_mul_ps(exact, factor));
+            store(tail_mask(columns - column), out + (i + r) * columns + column, _mm512_mul_ps(exact, factor));
           }
         }
       }
@@ -122,9 +123,10 @@ Tensor padded_rows(const Tensor& rows) {
   return padded;
 }
 
-Tensor int8_linear(const Tensor& rows, const Tensor& row_scale, const Tensor& codes, const Tensor& scale) {
+Tensor int8_linear(const Tensor& rows, const Tensor& row_scale, const Tensor& codes, const Tensor& scale,
+                   at::ScalarType dtype) {
   const int64_t m = rows.size(0), k = rows.size(1), n = codes.size(0);
-  Tensor out = at::empty({m, n}, row_scale.options());
+  Tensor out = at::empty({m, n}, row_scale.options().dtype(dtype));
   const Tensor left = padded_rows(rows), weight = codes.contiguous(), scales = row_scale.contiguous();
   const int64_t panels = ceil_div(n, kTileColumns), panel_bytes = ceil_div(k, 4) * kTileColumns * 4;
   Tensor packed = empty_bytes(panels * panel_bytes);
@@ -132,24 +134,29 @@ Tensor int8_linear(const Tensor& rows, const Tensor& row_scale, const Tensor& co
   for_each_task(panels, [&](int64_t panel) {
     pack_transposed(weight.const_data_ptr<int8_t>(), n, k, panel * kTileColumns, 1, to + panel * panel_bytes);
   });
-  multiply_scaled(left.const_data_ptr<int8_t>(), left.size(1), m, k, to, n, 1,
-                  scales.const_data_ptr<float>(), *scale.const_data_ptr<float>(),
-                  out.mutable_data_ptr<float>());
+  with_element(dtype, [&](auto element) {
+    multiply_scaled(left.const_data_ptr<int8_t>(), left.size(1), m, k, to, n, 1,
+                    scales.const_data_ptr<float>(), *scale.const_data_ptr<float>(),
+                    out.mutable_data_ptr<decltype(element)>());
+  });
   return out;
 }
 
 // dx[i, d] = (sum_j q[i, j] * codes[j, d]) * (q_scale[i] * scale)
-Tensor input_gradient(const Tensor& q, const Tensor& q_scale, int64_t n, const Tensor& codes, float scale) {
+Tensor input_gradient(const Tensor& q, const Tensor& q_scale, int64_t n, const Tensor& codes, float scale,
+                      at::ScalarType dtype) {
   const int64_t m = q.size(0), k = codes.size(1);
-  Tensor out = at::empty({m, k}, q_scale.options());
+  Tensor out = at::empty({m, k}, q_scale.options().dtype(dtype));
   const int64_t panels = ceil_div(k, kTileColumns), panel_bytes = ceil_div(n, 4) * kTileColumns * 4;
   Tensor packed = empty_bytes(panels * panel_bytes);
   uint8_t* to = packed.mutable_data_ptr<uint8_t>();
   for_each_task(panels, [&](int64_t panel) {
     pack_interleaved(codes.const_data_ptr<int8_t>(), n, k, panel * kTileColumns, 1, to + panel * panel_bytes);
   });
-  multiply_scaled(q.const_data_ptr<int8_t>(), q.size(1), m, n, to, k, 1, q_scale.const_data_ptr<float>(),
-                  scale, out.mutable_data_ptr<float>());
+  with_element(dtype, [&](auto element) {
+    multiply_scaled(q.const_data_ptr<int8_t>(), q.size(1), m, n, to, k, 1, q_scale.const_data_ptr<float>(),
+                    scale, out.mutable_data_ptr<decltype(element)>());
+  });
   return out;
 }
 
@@ -174,22 +181,24 @@ struct FoldedGradient {
 };
 
 // The largest magnitude of x * factor by column, as bits, into `top`.
-inline void raise_columns(const float* x, int64_t count, float factor, uint32_t* top) {
+template <typename T>
+void raise_columns(const T* x, int64_t count, float factor, uint32_t* top) {
   const __m512 by = _mm512_set1_ps(factor);
   for (int64_t j = 0; j < count; j += 16) {
     const __mmask16 mask = tail_mask(count - j);
-    const __m512 folded = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + j), by);
+    const __m512 folded = _mm512_mul_ps(load(mask, x + j), by);
     _mm512_storeu_si512(top + j, _mm512_max_epu32(_mm512_loadu_si512(top + j), magnitude_bits(folded)));
   }
 }
 
 // Four rows of 16 columns, times their row scales and the columns' factors, rounded: one dword a column.
-inline __m512i fold_four(const float* grad, int64_t n, const float* row_scale, int64_t rows, __mmask16 mask,
+template <typename T>
+inline __m512i fold_four(const T* grad, int64_t n, const float* row_scale, int64_t rows, __mmask16 mask,
                          __m512 factor) {
   __m512i four = _mm512_setzero_si512();
   const __m512i low = _mm512_set1_epi32(0xff);
   for (int64_t r = 0; r < std::min<int64_t>(rows, 4); ++r) {
-    const __m512 folded = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, grad + r * n), _mm512_set1_ps(row_scale[r]));
+    const __m512 folded = _mm512_mul_ps(load(mask, grad + r * n), _mm512_set1_ps(row_scale[r]));
     const __m512i q = _mm512_and_si512(_mm512_cvtps_epi32(_mm512_mul_ps(folded, factor)), low);
     four = _mm512_or_si512(four, _mm512_sll_epi32(q, _mm_cvtsi32_si128(static_cast<int>(8 * r))));
   }
@@ -198,7 +207,8 @@ inline __m512i fold_four(const float* grad, int64_t n, const float* row_scale, i
 
 // Quantize one block of `count` rows by column. `top` holds the columns' largest magnitudes as bits and is
 // overwritten by their factors. Rows are taken eight at a time: two steps of a tile fill a cache line.
-void fold_block(const float* grad, const float* row_scale, int64_t n, int64_t count, float floor, uint32_t* top,
+template <typename T>
+void fold_block(const T* grad, const float* row_scale, int64_t n, int64_t count, float floor, uint32_t* top,
                 int64_t block_steps, int8_t* left, float* scales, int32_t* sums) {
   auto* factors = reinterpret_cast<float*>(top);
   const __m512 most = _mm512_set1_ps(kInt8Max), least = _mm512_set1_ps(floor);
@@ -214,7 +224,7 @@ void fold_block(const float* grad, const float* row_scale, int64_t n, int64_t co
     for (int64_t j = 0; j < n; j += 16) {
       const __mmask16 mask = tail_mask(n - j);
       const __m512 factor = _mm512_loadu_ps(factors + j);
-      const float* from = grad + i * n + j;
+      const T* from = grad + i * n + j;
       const __m512i first = fold_four(from, n, row_scale + i, count - i, mask, factor);
       const __m512i second = fold_four(from + 4 * n, n, row_scale + i + 4, count - i - 4, mask, factor);
       const __m512i sum = _mm512_dpbusd_epi32(_mm512_loadu_si512(sums + j), ones, first);
@@ -274,33 +284,38 @@ std::tuple<Tensor, Tensor> int8_linear_backward(const Tensor& grad_in, const Ten
   const Tensor row_scale = row_scale_in.contiguous();
   const int64_t m = grad.size(0), n = grad.size(1), k = codes.size(1), stride = ceil_div(n, 4) * 4;
   const float floor = static_cast<float>(floor_in);
+  const at::TensorOptions floats = row_scale.options();
   const Tensor q = at::empty({want_input ? m : 0, stride}, rows.options());
-  const Tensor q_scale = at::empty({want_input ? m : 0}, grad.options());
-  const FoldedGradient folded(want_weight ? m : 0, n, k, block, grad.options());
-  const float *from = grad.const_data_ptr<float>(), *scales = row_scale.const_data_ptr<float>();
-  for_each_task(ceil_div(m, block), folded.n_padded, [&](int64_t task, float* scratch) {
-    const int64_t first = task * block, count = std::min(block, m - first);
-    auto* top = reinterpret_cast<uint32_t*>(scratch);
-    std::memset(top, 0, folded.n_padded * sizeof(uint32_t));
-    for (int64_t i = first; i < first + count; ++i) {
-      if (want_input) {
-        int8_t* to = q.mutable_data_ptr<int8_t>() + i * stride;
-        q_scale.mutable_data_ptr<float>()[i] = quantize_row(from + i * n, n, floor, to);
-        std::memset(to + n, 0, stride - n);
+  const Tensor q_scale = at::empty({want_input ? m : 0}, floats);
+  const FoldedGradient folded(want_weight ? m : 0, n, k, block, floats);
+  const float* scales = row_scale.const_data_ptr<float>();
+  with_element(grad.scalar_type(), [&](auto element) {
+    const auto* from = grad.const_data_ptr<decltype(element)>();
+    for_each_task(ceil_div(m, block), folded.n_padded, [&](int64_t task, float* scratch) {
+      const int64_t first = task * block, count = std::min(block, m - first);
+      auto* top = reinterpret_cast<uint32_t*>(scratch);
+      std::memset(top, 0, folded.n_padded * sizeof(uint32_t));
+      for (int64_t i = first; i < first + count; ++i) {
+        if (want_input) {
+          int8_t* to = q.mutable_data_ptr<int8_t>() + i * stride;
+          q_scale.mutable_data_ptr<float>()[i] = quantize_row(from + i * n, n, floor, to);
+          std::memset(to + n, 0, stride - n);
+        }
+        if (want_weight) raise_columns(from + i * n, n, scales[i], top);
       }
-      if (want_weight) raise_columns(from + i * n, n, scales[i], top);
-    }
-    if (!want_weight) return;
-    fold_block(from + first * n, scales + first, n, count, floor, top, folded.block_steps,
-               folded.left.mutable_data_ptr<int8_t>() + task * folded.n_padded * folded.block_steps * 4,
-               folded.scales.mutable_data_ptr<float>() + task * folded.n_padded,
-               folded.sums.mutable_data_ptr<int32_t>() + task * folded.n_padded);
-    for (int64_t panel = 0; panel < ceil_div(k, kTileColumns); ++panel)
-      pack_interleaved(rows.const_data_ptr<int8_t>() + first * k, count, k, panel * kTileColumns, -128,
-                       folded.right.mutable_data_ptr<uint8_t>() + (panel * folded.blocks + task) * folded.right_block());
+      if (!want_weight) return;
+      fold_block(from + first * n, scales + first, n, count, floor, top, folded.block_steps,
+                 folded.left.mutable_data_ptr<int8_t>() + task * folded.n_padded * folded.block_steps * 4,
+                 folded.scales.mutable_data_ptr<float>() + task * folded.n_padded,
+                 folded.sums.mutable_data_ptr<int32_t>() + task * folded.n_padded);
+      for (int64_t panel = 0; panel < ceil_div(k, kTileColumns); ++panel)
+        pack_interleaved(rows.const_data_ptr<int8_t>() + first * k, count, k, panel * kTileColumns, -128,
+                         folded.right.mutable_data_ptr<uint8_t>() + (panel * folded.blocks + task) * folded.right_block());
+    });
   });
-  return {want_input ? input_gradient(q, q_scale, n, codes, *scale.const_data_ptr<float>()) : at::empty({0}, grad.options()),
-          want_weight ? weight_gradient(folded, m, n, k, grad.options()) : at::empty({0}, grad.options())};
+  const Tensor none = at::empty({0}, floats);
+  return {want_input ? input_gradient(q, q_scale, n, codes, *scale.const_data_ptr<float>(), grad.scalar_type()) : none,
+          want_weight ? weight_gradient(folded, m, n, k, floats) : none};
 }
 
 }  // namespace
