@@ -41,8 +41,8 @@ from interleave import CaseError, Worker, circumstances, write_rows
 
 BASELINES = ("float-fp32", "float-bf16")
 DEFAULT_CASES = (
-    *BASELINES, "naive-fp32", "naive-bf16", "torchao-fp32", "torchao-bf16", "forge-int8", "forge-int8-fp32",
-    *(name for name in CASES if "grokfast" in name),
+    *BASELINES, "float-fp32-budget", "float-bf16-budget", "naive-fp32", "naive-bf16", "torchao-fp32",
+    "torchao-bf16", "forge-int8", "forge-int8-fp32", *(name for name in CASES if "grokfast" in name),
 )  # fmt: skip
 FIGURES = ("process", "above", "tensors", "resident")
 STEPS = 3

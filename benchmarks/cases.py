@@ -21,6 +21,8 @@ from interleave import reason
 from phase4_bitnet import build_model
 from phase4_bitnet.convert import hidden_linears
 from phase5_training import BitNetOptimizer, GrokfastConfig
+from phase5_training.config import TrainingConfig
+from phase5_training.hardware import compile_model
 from phase5_training.pipeline.bitnet_optimizer import build_optimizer
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
 
@@ -99,6 +101,7 @@ class Case:
         build: gives model and optimizer on a device.
         autocast: dtype of autocast in the forward; None for none.
         imports: modules to import before the memory of the process is first looked at.
+        memory_budget: share of the activations that are kept for backward when it is compiled.
     """
 
     title: str
@@ -106,6 +109,7 @@ class Case:
     build: Callable[[Shape, str], Training]
     autocast: torch.dtype | None = None
     imports: tuple[str, ...] = field(default=())
+    memory_budget: float = 1.0
 
     def loss_function(self, model: nn.Module, device: str) -> Callable[[Tensor, Tensor], Tensor]:
         """Next-token cross entropy of ``model`` under the case's autocast, ready to be compiled."""
@@ -256,6 +260,7 @@ def _forge(
 
 
 _BF16 = torch.bfloat16
+_BUDGET = TrainingConfig().memory_budget
 _AO = ("torchao", "torchao.prototype.quantized_training")
 _PARQ = ("torchao.prototype.parq",)
 _HF = ("transformers.integrations.bitnet",)
@@ -263,6 +268,16 @@ _HF = ("transformers.integrations.bitnet",)
 CASES: dict[str, Case] = {
     "float-fp32": Case(title="nn.Linear, float32", kind="float", build=_float),
     "float-bf16": Case(title="nn.Linear, bf16 autocast", kind="float", build=_float, autocast=_BF16),
+    "float-fp32-budget": Case(
+        title="nn.Linear, float32, Forge's memory budget", kind="float", build=_float, memory_budget=_BUDGET
+    ),
+    "float-bf16-budget": Case(
+        title="nn.Linear, bf16 autocast, Forge's memory budget",
+        kind="float",
+        build=_float,
+        autocast=_BF16,
+        memory_budget=_BUDGET,
+    ),
     "naive-fp32": Case(title="fake-quant BitLinear, float32", kind="ternary peer", build=_naive),
     "naive-bf16": Case(
         title="fake-quant BitLinear, bf16 autocast", kind="ternary peer", build=_naive, autocast=_BF16
@@ -319,38 +334,57 @@ CASES: dict[str, Case] = {
         autocast=_BF16,
         imports=_HF,
     ),
-    "forge-float32": Case(title="Forge, float32 backward", kind="forge", build=_forge("float32")),
+    "forge-float32": Case(
+        title="Forge, float32 backward", kind="forge", memory_budget=_BUDGET, build=_forge("float32")
+    ),
     "forge-bf16": Case(
-        title="Forge, bf16 backward, bf16 autocast", kind="forge", build=_forge("bf16"), autocast=_BF16
+        title="Forge, bf16 backward, bf16 autocast",
+        kind="forge",
+        memory_budget=_BUDGET,
+        build=_forge("bf16"),
+        autocast=_BF16,
     ),
     "forge-int8": Case(
-        title="Forge, int8 backward, bf16 autocast", kind="forge", build=_forge("int8"), autocast=_BF16
+        title="Forge, int8 backward, bf16 autocast",
+        kind="forge",
+        memory_budget=_BUDGET,
+        build=_forge("int8"),
+        autocast=_BF16,
     ),
-    "forge-int8-fp32": Case(title="Forge, int8 backward, float32", kind="forge", build=_forge("int8")),
+    "forge-int8-fp32": Case(
+        title="Forge, int8 backward, float32", kind="forge", memory_budget=_BUDGET, build=_forge("int8")
+    ),
     "forge-int8-muon": Case(
         title="Forge, int8 backward, bf16 autocast, Muon",
         kind="forge",
+        memory_budget=_BUDGET,
         build=_forge("int8", "muon"),
         autocast=_BF16,
     ),
     "forge-int8-grokfast": Case(
         title="Forge, int8 backward, bf16 autocast, Grokfast",
         kind="forge",
+        memory_budget=_BUDGET,
         build=_forge("int8", grokfast={}),
         autocast=_BF16,
     ),
     "forge-int8-grokfast-bf16": Case(
         title="Forge, int8 backward, bf16 autocast, Grokfast with a bf16 average",
         kind="forge",
+        memory_budget=_BUDGET,
         build=_forge("int8", grokfast={"average_dtype": "bfloat16"}),
         autocast=_BF16,
     ),
     "forge-int8-fp32-grokfast": Case(
-        title="Forge, int8 backward, float32, Grokfast", kind="forge", build=_forge("int8", grokfast={})
+        title="Forge, int8 backward, float32, Grokfast",
+        kind="forge",
+        memory_budget=_BUDGET,
+        build=_forge("int8", grokfast={}),
     ),
     "forge-int8-fp32-grokfast-bf16": Case(
         title="Forge, int8 backward, float32, Grokfast with a bf16 average",
         kind="forge",
+        memory_budget=_BUDGET,
         build=_forge("int8", grokfast={"average_dtype": "bfloat16"}),
     ),
 }
@@ -379,7 +413,7 @@ def training_step(
     if not compiled:
         eager()
         return eager, {"compiled": False}
-    fast = functools.partial(step_with, torch.compile(loss_of, dynamic=False))
+    fast = functools.partial(step_with, compile_model(loss_of, case.memory_budget, dynamic=False))
     started = time.perf_counter()
     try:
         fast()

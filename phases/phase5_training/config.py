@@ -176,6 +176,8 @@ class TrainingConfig(BaseModel):
     """auto, cpu, cuda or cuda:N."""
     compile: Switch = "auto"
     """Compile the model with torch.compile; auto does for long runs where a compiler is installed."""
+    memory_budget: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of the activations a compiled model keeps for backward; it computes the cheapest again."""
 
     # Validation, saving, progress
     eval_interval: Positive = 500
@@ -275,6 +277,7 @@ def check_same_run(run: str, recorded: Mapping[str, Any], given: Mapping[str, An
         "experiment_name",
         "output_dir",
         "compile",
+        "memory_budget",
         "cache_size",
     }
     for name, old in recorded.items():

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from phase4_bitnet.layers import ternary_layers
 from phase4_bitnet.store import save_compressed_model
+from phase5_training import hardware
 from phase5_training.assembly import (
     data_config,
     early_stopping_of,
@@ -35,7 +36,6 @@ from phase5_training.config import TrainingConfig, check_same_run, full_signatur
 from phase5_training.defaults import grokfast_figures
 from phase5_training.errors import DataError, ForgeError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
-from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_compile, resolve_device
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
 from phase5_training.modes import eval_mode
@@ -106,8 +106,8 @@ class TrainingPipeline:
         if self.ready:
             return self
         config = self.config = self._as_begun(self.config)
-        self.device = resolve_device(config.device)
-        use_amp, amp_dtype = resolve_amp(config.use_amp, config.amp_dtype, self.device)
+        self.device = hardware.resolve_device(config.device)
+        use_amp, amp_dtype = hardware.resolve_amp(config.use_amp, config.amp_dtype, self.device)
         seed_everything(config.seed)
         self._open_data()
         self.model = prepare_model(self._given["model"], config, self.spec).to(self.device)
@@ -145,7 +145,7 @@ class TrainingPipeline:
             max_grad_norm=config.max_grad_norm if config.gradient_clipping else None,
         )
         seconds = self._estimate_seconds(first, total_steps) if config.compile == "auto" else None
-        compiled, why = resolve_compile(config.compile, self.device, seconds)
+        compiled, why = hardware.resolve_compile(config.compile, self.device, seconds)
         self.notices.append(f"model {'compiled' if compiled else 'not compiled'}: {why}")
         monitor = monitor_of(config, self.spec.task, self.loss)
         self.run_directory = self._open_run()
@@ -166,7 +166,7 @@ class TrainingPipeline:
             }
         )
         self.loop = TrainingLoop(
-            torch.compile(self.model) if compiled else self.model,
+            hardware.compile_model(self.model, config.memory_budget) if compiled else self.model,
             self.optimizer,
             loop_config(config, use_amp, amp_dtype),
             scheduler=GrokfastScheduler(self.optimizer, plan),
@@ -289,7 +289,7 @@ class TrainingPipeline:
         """Length of the run without compilation."""
         inputs = to_device(batch["input"], self.device)
         with eval_mode(self.model):
-            seconds = estimate_seconds(self.model, inputs, total_steps, self.device)
+            seconds = hardware.estimate_seconds(self.model, inputs, total_steps, self.device)
         return min(seconds, self.config.max_seconds or float("inf"))
 
     def _as_begun(self, config: TrainingConfig) -> TrainingConfig:

@@ -81,7 +81,7 @@ def test_shape_refuses_a_ragged_batch():
 
 
 def test_cases_are_chosen_by_name_or_beginning():
-    assert choose(["float", "forge-int8"], ()) == ["float-fp32", "float-bf16", "forge-int8"]
+    assert choose(["naive", "forge-int8"], ()) == ["naive-fp32", "naive-bf16", "forge-int8"]
     assert choose([], ("float-fp32",)) == ["float-fp32"]
     with pytest.raises(SystemExit, match="nobody begins no case"):
         choose(["nobody"], ())

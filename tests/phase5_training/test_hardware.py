@@ -2,8 +2,15 @@ import pytest
 import torch
 
 import phase5_training.hardware as hardware
+from phase4_bitnet import build_model
 from phase5_training.errors import UsageError
-from phase5_training.hardware import estimate_seconds, resolve_amp, resolve_compile, resolve_device
+from phase5_training.hardware import (
+    compile_model,
+    estimate_seconds,
+    resolve_amp,
+    resolve_compile,
+    resolve_device,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -97,3 +104,33 @@ def test_length_of_a_run_is_estimated_from_its_forwards(monkeypatch):
     seen = []
     assert estimate_seconds(lambda x: seen.append(torch.is_grad_enabled()), 0, 100, CPU) == 3 * 0.5 * 100
     assert seen == [False, False]
+
+
+def test_a_memory_budget_keeps_less_and_changes_no_bit():
+    torch.manual_seed(0)
+    model = build_model("decoder", vocab_size=9, dim=32, layers=1, heads=2, backward="int8")
+    tokens = torch.randint(9, (4, 20))
+
+    def run(budget):
+        torch._dynamo.reset()
+        kept = 0
+
+        def pack(x):
+            nonlocal kept
+            kept += x.numel() * x.element_size()
+            return x
+
+        model.zero_grad()
+        compiled = compile_model(model, budget, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = compiled(tokens)
+        out.square().sum().backward()
+        return kept, [p.grad for p in model.parameters()]
+
+    try:
+        (most, want), (least, got) = run(1.0), run(0.5)
+    finally:
+        torch._functorch.config.activation_memory_budget = 1.0
+    assert least < most
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)

@@ -53,7 +53,7 @@ label_smoothing distillation_temperature distillation_alpha seed
 use_bitnet weight_bits quantization_mode activation_bits backward float_layers
 use_grokfast grokfast_alpha grokfast_lambda filter schedule warmup_steps acceleration_steps
 consolidation_steps acceleration_multiplier consolidation_multiplier
-use_amp amp_dtype gradient_clipping max_grad_norm device compile
+use_amp amp_dtype gradient_clipping max_grad_norm device compile memory_budget
 eval_interval early_stopping patience monitor checkpoint_interval keep_checkpoints log_interval progress
 """
 
