@@ -181,22 +181,24 @@ def main() -> None:
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
     load = round(os.getloadavg()[0], 2)  # of others, before this program adds its own
-    rows = []
-    for width in found.widths:
-        # The widest layers take long turns of many rows; a third of the rounds gives quartiles too.
-        rounds = found.rounds if width < 4096 else max(3, found.rounds // 3)
-        rows += layer_rows(width, found.rows, rounds, found.warmup)
-    for dim in found.decoders:
-        for compiled in (False, True):
-            rows += decoder_rows(dim, compiled, found.rounds, found.warmup)
-        rows.append(disk_row(dim))
     common = {
         "threads": found.threads,
         "load_at_start": load,
         "native": native.available(),
         **circumstances(),
     }
-    write_rows(found.out, [{**row, **common} for row in rows])
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        write_rows(found.out, [{**row, **common} for row in rows])
+
+    for width in found.widths:
+        # The widest layers take long turns of many rows; a third of the rounds gives quartiles too.
+        rounds = found.rounds if width < 4096 else max(3, found.rounds // 3)
+        keep(layer_rows(width, found.rows, rounds, found.warmup))
+    for dim in found.decoders:
+        for compiled in (False, True):
+            keep(decoder_rows(dim, compiled, found.rounds, found.warmup))
+        keep([disk_row(dim)])
 
 
 if __name__ == "__main__":

@@ -196,19 +196,19 @@ def main() -> None:
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
     load = round(os.getloadavg()[0], 2)  # of others, before this program adds its own
-    rows = []
-    for width in found.widths:
-        for name in [found.only] if found.only else COMPARISONS:
-            # A step of Muon on wide matrices takes seconds.
-            rounds = found.rounds if name == "AdamW" or width < 768 else max(5, found.rounds // 4)
-            rows += compare(name, width, rounds, found.warmup)
     common = {
         "threads": found.threads,
         "load_at_start": load,
         "native": native.available(),
         **circumstances(),
     }
-    write_rows(found.out, [{**row, **common} for row in rows])
+    for width in found.widths:
+        for name in [found.only] if found.only else COMPARISONS:
+            # A step of Muon on wide matrices takes seconds.
+            rounds = found.rounds if name == "AdamW" or width < 768 else max(5, found.rounds // 4)
+            rows = compare(name, width, rounds, found.warmup)
+            # At once: the widest take minutes, and what was measured before them is not to be lost.
+            write_rows(found.out, [{**row, **common} for row in rows])
 
 
 if __name__ == "__main__":

@@ -19,28 +19,35 @@ P5 = "phase5_training"
 LEAVES = {
     f"{P5}.{name}"
     for name in (
+        "background",
         "batches",
         "errors",
         "events",
+        "generalization",
+        "loop_config",
         "loop_state",
         "modes",
         "outputs",
         "phases",
         "protocols",
+        "random_state",
         "records",
         "signals",
         "slow_average",
     )
 }
 # Parts of the loop that live outside pipeline/: they import leaves only, so pipeline/ may import them.
-SUPPORT = {f"{P5}.{name}" for name in ("checkpoint", "fused_step", "meter", "muon")}
+SUPPORT = {
+    f"{P5}.{name}"
+    for name in ("bad_batches", "checkpoint", "feed", "fused_step", "gradients", "meter", "muon", "saving")
+}
 PHASE4_LEAVES = {
     f"phase4_bitnet.{name}"
     for name in ("durable_folder", "int8_matmul", "native", "native.build", "packing", "ternary")
 }
 FACTORY = f"{P5}.factory"
 # What may know the factory: the package's public face, the command line, and whole programs built on it.
-ABOVE_FACTORY = {P5, f"{P5}.__main__", f"{P5}.cli", f"{P5}.commands", f"{P5}.demo"}
+ABOVE_FACTORY = {P5, *(f"{P5}.{name}" for name in ("__main__", "bench", "cli", "commands", "demo"))}
 CLI = f"{P5}.cli"
 MAY_IMPORT_CLI = {f"{P5}.__main__"}
 

@@ -22,6 +22,7 @@ RESUME_OPTIONS = (
     "train_data_path",
     "val_data_path",
     "num_workers",
+    "data_timeout",
     "device",
     "patience",
     "early_stopping",
@@ -29,6 +30,10 @@ RESUME_OPTIONS = (
     "log_interval",
     "checkpoint_interval",
     "keep_checkpoints",
+    "nonfinite",
+    "max_nonfinite",
+    "loss_spikes",
+    "spike_threshold",
     "progress",
 )
 
@@ -78,6 +83,8 @@ class TrainingConfig(BaseModel):
     """Samples per forward; smaller ones take less memory and give the same gradient."""
     num_workers: Annotated[int, Field(ge=0)] = 0
     """Processes that read data; 0 reads in this one."""
+    data_timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds to wait for a batch of the worker processes before the run ends, saved."""
     cache_size: Annotated[int, Field(ge=0)] = 1000
     """Decoded samples kept in memory, least recently used dropped first."""
     streaming: bool = False
@@ -110,8 +117,8 @@ class TrainingConfig(BaseModel):
     """Stop after this much time."""
     optimizer: str = "auto"
     """auto, muon, adamw or sgd; auto is muon: Muon for hidden matrices, AdamW for the rest."""
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    """Base rate; None takes the default of the optimizer."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    """Base rate; None takes the default of the optimizer, auto tries some in short trials first."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Decoupled decay of matrices; None takes the default of the optimizer."""
     loss: str | None = None
@@ -126,6 +133,8 @@ class TrainingConfig(BaseModel):
     """Share of the teacher in the distillation loss."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of weights, order of data, dropout and stochastic rounding."""
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time; the run says what they cost."""
 
     # BitNet
     use_bitnet: bool = True
@@ -143,13 +152,24 @@ class TrainingConfig(BaseModel):
 
     # Grokfast and schedule
     use_grokfast: bool | None = None
-    """Amplify the slow part of the gradient; None does when a grokfast figure or another filter is given."""
+    """Amplify the slow part of the gradient; None does when a grokfast figure or a filter is named."""
     grokfast_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay of the slow average."""
+    """Decay of the slow average; None is 0.98."""
     grokfast_lambda: Annotated[float, Field(ge=0)] | None = None
-    """Gain of the slow average."""
-    filter: Literal["ema", "ma", "high_pass"] = "ema"
-    """ema and ma amplify the slow part, high_pass the fast part."""
+    """Gain of the slow average, with auto the greatest; None is 2."""
+    filter: Literal["auto", "ema", "ma", "high_pass", "ademamix"] | None = None
+    """auto amplifies the slow part while validation lags training, ema and ma always, high_pass the fast
+    part, ademamix the slow part in Adam's numerator; None is auto, or ema where a grokfast figure is named."""
+    grokfast_window: Positive = 100
+    """Steps that the moving average of filter=ma is taken over."""
+    grokfast_unit_gain: bool = False
+    """Divide by 1 + lambda, so that a constant gradient passes unchanged."""
+    grokfast_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the gain of the slow average rises from 0."""
+    grokfast_phase_gains: dict[str, float] = Field(default_factory=dict)
+    """Factors on the gain of the slow average by phase, as acceleration=0.5; others have 1."""
+    grokfast_average: Literal["float32", "bfloat16"] = "float32"
+    """Type of the slow average; bfloat16 takes half the memory."""
     schedule: Literal["phases", "constant", "cosine", "linear"] = "phases"
     """Shape of the learning rate; phases is warmup, acceleration, consolidation, refinement."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -172,6 +192,14 @@ class TrainingConfig(BaseModel):
     """Clip the norm of the gradient."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Norm that the gradient is clipped to."""
+    nonfinite: Literal["stop", "rollback", "skip"] = "stop"
+    """After max_nonfinite skipped steps in a row: fail, go back to a checkpoint at half the rate, or go on."""
+    max_nonfinite: Positive = 50
+    """Steps in a row with a loss or gradient that is not finite; each is skipped and listed."""
+    loss_spikes: Literal["record", "rollback"] = "record"
+    """List batches whose loss is far above those before, or also go back to a checkpoint at half the rate."""
+    spike_threshold: Annotated[float, Field(gt=0)] = 10.0
+    """Robust z-score from which a loss is a spike."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     compile: Switch = "auto"
@@ -189,9 +217,11 @@ class TrainingConfig(BaseModel):
     monitor: str | None = None
     """Validation figure that decides which weights are best; None is accuracy for classes, else loss."""
     checkpoint_interval: Positive = 1000
-    """Steps between checkpoints; one more at the end."""
+    """Most steps that a kill can cost; a checkpoint is begun after every half of them, and at the end."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Checkpoints kept."""
+    resume_from: str | None = None
+    """A checkpoint of this run to go on from, in place of the newest; newer ones are set aside."""
     log_interval: Positive = 10
     """Steps between lines of figures."""
     progress: Literal["auto", "plain", "quiet"] = "auto"
@@ -274,6 +304,7 @@ def check_same_run(run: str, recorded: Mapping[str, Any], given: Mapping[str, An
         *RESUME_OPTIONS,
         "overwrite",
         "auto_resume",
+        "resume_from",
         "experiment_name",
         "output_dir",
         "compile",
@@ -316,6 +347,38 @@ def in_words(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and all(isinstance(v, (str, Path)) for v in value):
         return [str(v) for v in value]
     return f"<{getattr(value, '__name__', type(value).__name__)}>"
+
+
+def only_names(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the objects given is a name or a path, or a list of paths, as text.
+
+    Example:
+        >>> only_names({"model": object(), "train_data_path": Path("a.json"), "val_data_path": None})
+        {'train_data_path': 'a.json'}
+    """
+    names: dict[str, Any] = {}
+    for key, value in given.items():
+        if isinstance(value, (str, Path)):
+            names[key] = str(value)
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (str, Path)) for v in value):
+            names[key] = [str(v) for v in value]
+    return names
+
+
+def record_of(config: TrainingConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.yaml holds: options that `forge train` takes, and objects in words.
+
+    Args:
+        config: the options as they were resolved.
+        given: model, train, val, loss, optimizer and teacher as they were given.
+    """
+    record = config.model_dump()
+    for key, name in (("model", "model"), ("train_data_path", "train"), ("val_data_path", "val")):
+        record[key] = in_words(given[name])
+    for key in ("loss", "optimizer", "teacher"):
+        if key != "teacher" or given[key] is not None:
+            record[key] = in_words(given[key])
+    return record
 
 
 def _one_line(error: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Learning rates and filter figures where the user named none."""
 
 from phase5_training.config import TrainingConfig
+from phase5_training.pipeline.grokfast_trainer import GrokfastConfig
 
 # Peak rates, from benchmarks/records: byte text (4-layer decoder of width 128) prefers 1e-2 to 3e-3 with
 # Muon, and 5e-3 to 2e-3 with AdamW on the float model; ternary AdamW was measured at 3e-3 only. Modular
@@ -31,28 +32,36 @@ def rates(config: TrainingConfig, optimizer: str) -> tuple[float, float]:
     """
     kind = "muon" if optimizer == "auto" else optimizer
     factor = (config.acceleration_multiplier or 5.0) if config.schedule == "phases" else 1.0
-    learning_rate = _PEAK[kind] / max(1.0, factor) if config.learning_rate is None else config.learning_rate
+    named = None if isinstance(config.learning_rate, str) else config.learning_rate
+    learning_rate = _PEAK[kind] / max(1.0, factor) if named is None else named
     return learning_rate, _DECAY[kind] if config.weight_decay is None else config.weight_decay
 
 
-def grokfast_figures(config: TrainingConfig) -> tuple[float, float] | None:
-    """(alpha, lambda) of the gradient filter, None for no filter.
+def grokfast_config(config: TrainingConfig) -> GrokfastConfig | None:
+    """The gradient filter of a run, None for none.
 
-    It is on when ``use_grokfast`` says so, or when a figure or a filter other than the default is named;
-    figures that are not are the paper's. It is off otherwise: with tuned rates the paper's figures cost
-    steps on every task measured so far (docs/findings.md).
+    It is on when ``use_grokfast`` says so, or when a figure or a filter is named. Who names alpha or lambda
+    gets exactly that filter; who names none gets "auto". Off otherwise (docs/findings.md).
 
     Example:
-        >>> grokfast_figures(TrainingConfig()) is None
+        >>> grokfast_config(TrainingConfig()) is None
         True
-        >>> grokfast_figures(TrainingConfig(grokfast_lambda=1.0))
-        (0.98, 1.0)
-        >>> grokfast_figures(TrainingConfig(filter="ma"))
-        (0.98, 2.0)
+        >>> grokfast_config(TrainingConfig(use_grokfast=True)).filter
+        'auto'
+        >>> ours = grokfast_config(TrainingConfig(grokfast_lambda=1.0))
+        >>> ours.filter, ours.alpha, ours.lambda_reg
+        ('ema', 0.98, 1.0)
     """
-    named = config.grokfast_alpha is not None or config.grokfast_lambda is not None or config.filter != "ema"
-    if config.use_grokfast is False or (config.use_grokfast is None and not named):
+    named = config.grokfast_alpha is not None or config.grokfast_lambda is not None
+    if not (named or config.filter) if config.use_grokfast is None else not config.use_grokfast:
         return None
-    alpha = PAPER_ALPHA if config.grokfast_alpha is None else config.grokfast_alpha
-    gain = PAPER_LAMBDA if config.grokfast_lambda is None else config.grokfast_lambda
-    return alpha, gain
+    return GrokfastConfig(
+        alpha=PAPER_ALPHA if config.grokfast_alpha is None else config.grokfast_alpha,
+        lambda_reg=PAPER_LAMBDA if config.grokfast_lambda is None else config.grokfast_lambda,
+        filter=config.filter or ("ema" if named else "auto"),
+        window=config.grokfast_window,
+        unit_gain=config.grokfast_unit_gain,
+        gain_warmup_steps=config.grokfast_warmup_steps,
+        phase_gains=config.grokfast_phase_gains,
+        average_dtype=config.grokfast_average,
+    )

@@ -1,10 +1,8 @@
 """The one place where the parts of a run are put together."""
 
 import asyncio
-import itertools
+import copy
 import threading
-import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,11 @@ from phase4_bitnet.layers import ternary_layers
 from phase4_bitnet.store import save_compressed_model
 from phase5_training import hardware
 from phase5_training.assembly import (
+    cost_of_determinism,
     data_config,
     early_stopping_of,
+    estimated_seconds,
+    free_name,
     has_samples,
     loop_config,
     loss_of,
@@ -28,25 +29,32 @@ from phase5_training.assembly import (
     schedule_of,
     validator_of,
 )
-from phase5_training.batches import to_device
-from phase5_training.callbacks import ProgressDisplay, ReportRefresher
-from phase5_training.checkpoint import CheckpointStore, seed_everything
+from phase5_training.callbacks import ReportRefresher
+from phase5_training.checkpoint import CheckpointStore
 from phase5_training.checks import check_optimizer, check_storable
-from phase5_training.config import TrainingConfig, check_same_run, full_signature, in_words, parse_config
-from phase5_training.defaults import grokfast_figures
+from phase5_training.config import (
+    TrainingConfig,
+    check_same_run,
+    full_signature,
+    only_names,
+    parse_config,
+    record_of,
+)
+from phase5_training.defaults import grokfast_config
 from phase5_training.errors import DataError, ForgeError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
-from phase5_training.modes import eval_mode
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
 from phase5_training.pipeline.data_loader import DataLoaderFactory
-from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
+from phase5_training.pipeline.grokfast_trainer import GradientFilter
 from phase5_training.pipeline.scheduler import GrokfastScheduler
 from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.pipeline.validation import RealTimeValidator
-from phase5_training.recorder import Recorder
+from phase5_training.random_state import seed_everything
+from phase5_training.recorder import watch
 from phase5_training.records import RunDirectory, plain
+from phase5_training.restore import restore
 from phase5_training.results import (
     TrainingResult,
     check_trained,
@@ -56,6 +64,7 @@ from phase5_training.results import (
     result_record,
 )
 from phase5_training.signals import stop_on_signals, stop_on_sigterm, stopped_by
+from phase5_training.tune import Tuning, check_tunable, tune
 
 
 class TrainingPipeline:
@@ -85,6 +94,8 @@ class TrainingPipeline:
         self.ready = False
         self.run_directory: RunDirectory | None = None
         self.notices: list[str] = []
+        self.tuning: Tuning | None = None
+        self._trial_of: TrainingPipeline | None = None
         self._running = threading.Lock()
         self._stopping = False
         self._result: TrainingResult | None = None
@@ -108,8 +119,15 @@ class TrainingPipeline:
         config = self.config = self._as_begun(self.config)
         self.device = hardware.resolve_device(config.device)
         use_amp, amp_dtype = hardware.resolve_amp(config.use_amp, config.amp_dtype, self.device)
+        hardware.prepare_determinism(config.deterministic)
         seed_everything(config.seed)
         self._open_data()
+        if config.learning_rate == "auto":
+            self.tuning = self.tune()
+            self._given_optimizer = self.tuning.options["optimizer"]
+            config = self.config = config.model_copy(update=self.tuning.options)
+            self.notices.append(self.tuning.sentence())
+            seed_everything(config.seed)
         self.model = prepare_model(self._given["model"], config, self.spec).to(self.device)
         first = self.train_loader.first()
         self.loss = loss_of(
@@ -117,11 +135,13 @@ class TrainingPipeline:
         ).to(self.device)
         check_against_data(self.model, self.loss, first, self.spec, self.device)
         check_storable(self.model, self.loss)
+        if config.deterministic:
+            self.notices.append(cost_of_determinism(self.model, self.loss, first, self.device))
         validator = self._checked_validator(use_amp, amp_dtype) if self.val_loader is not None else None
         total_steps = planned_steps(config, self.train_loader)
         plan = schedule_of(config, total_steps)
         learning_rate, weight_decay = rates_of(config, self._given_optimizer)
-        grokfast = grokfast_figures(config)
+        grokfast = grokfast_config(config)
         inner = self._given_optimizer
         if isinstance(inner, str):
             inner = build_optimizer(
@@ -133,18 +153,16 @@ class TrainingPipeline:
             )
         else:
             check_optimizer(inner, self.model, self.loss)
-        gradient_filter = None
-        if grokfast is not None:
-            alpha, gain = grokfast
-            figures = GrokfastConfig(alpha=alpha, lambda_reg=gain, filter=config.filter)
-            gradient_filter = GradientFilter(figures, plan)
+        gradient_filter = GradientFilter(grokfast, plan) if grokfast else None
         self.optimizer = BitNetOptimizer(
             inner,
             self.model,
             gradient_filter=gradient_filter,
             max_grad_norm=config.max_grad_norm if config.gradient_clipping else None,
         )
-        seconds = self._estimate_seconds(first, total_steps) if config.compile == "auto" else None
+        seconds = None
+        if config.compile == "auto":
+            seconds = estimated_seconds(config, self.model, first, total_steps, self.device)
         compiled, why = hardware.resolve_compile(config.compile, self.device, seconds)
         self.notices.append(f"model {'compiled' if compiled else 'not compiled'}: {why}")
         monitor = monitor_of(config, self.spec.task, self.loss)
@@ -154,8 +172,9 @@ class TrainingPipeline:
                 "learning_rate": learning_rate,
                 "weight_decay": weight_decay,
                 "use_grokfast": grokfast is not None,
-                "grokfast_alpha": grokfast[0] if grokfast else None,
-                "grokfast_lambda": grokfast[1] if grokfast else None,
+                "grokfast_alpha": grokfast.alpha if grokfast else None,
+                "grokfast_lambda": grokfast.lambda_reg if grokfast else None,
+                "filter": grokfast.filter if grokfast else None,
                 "use_amp": use_amp,
                 "compile": compiled,
                 "device": str(self.device),
@@ -163,6 +182,7 @@ class TrainingPipeline:
                 "experiment_name": self.run_directory.path.name,
                 "overwrite": False,
                 "auto_resume": False,
+                "resume_from": None,
             }
         )
         self.loop = TrainingLoop(
@@ -180,19 +200,37 @@ class TrainingPipeline:
         )
         self.total_steps = total_steps
         self._resume_or_begin()
-        Recorder(self.run_directory).register(self.callbacks)
-        mode = {"auto": "auto", "plain": "lines", "quiet": "quiet"}[config.progress]
-        ProgressDisplay(
-            mode,  # type: ignore[arg-type]
-            title=self.run_directory.path.name,
-            # A run that only its time ends has no length in steps worth showing.
-            total_steps=None if config.max_seconds and not config.max_steps else total_steps,
-            max_seconds=config.max_seconds,
-            run=self.run_directory,
-        ).register(self.callbacks)
-        ReportRefresher(self.run_directory).register(self.callbacks)
+        for event in self.tuning.events() if self.tuning else ():
+            self.run_directory.append_event(event)
+        if gradient_filter is not None:
+            gradient_filter.watch(self.callbacks)
+        if self._trial_of is None:
+            watch(self.callbacks, self.run_directory, config, total_steps)
         self.ready = True
         return self
+
+    def tune(self) -> Tuning:
+        """Choose rate, decay, optimizer and filter by short trials, as a run with learning_rate="auto" does.
+
+        Returns:
+            What was found; its ``options`` are options of a run.
+
+        Raises:
+            UsageError: the run is too short for trials, or its optimizer is an object.
+        """
+        check_tunable(self.config, self._given_optimizer)
+        if not hasattr(self, "train_loader"):
+            self._open_data()
+        return tune(self.config, planned_steps(self.config, self.train_loader), self._trial)
+
+    def _trial(self, config: TrainingConfig) -> "TrainingPipeline":
+        # The given objects stay as they are; the data are this pipeline's, see _open_data.
+        model, loss = copy.deepcopy(self._given["model"]), copy.deepcopy(self._given["loss"])
+        trial = TrainingPipeline(
+            config, model=model, train_data=None, loss=loss, optimizer=config.optimizer, teacher=self._teacher
+        )
+        trial._trial_of = self
+        return trial
 
     def run(self) -> TrainingResult:
         """Train, and return the result; for programs without an event loop.
@@ -213,7 +251,8 @@ class TrainingPipeline:
                 return self._result
             if self._stopping:
                 self.loop.stop()
-            with stop_on_signals(self.loop.stop) as signals:
+            deterministic = hardware.deterministic_kernels(self.config.deterministic)
+            with deterministic, stop_on_signals(self.loop.stop) as signals:
                 result = self._run()
         finally:
             self._stopping = False
@@ -253,7 +292,11 @@ class TrainingPipeline:
     # -- parts of setup ------------------------------------------------------------------------
 
     def _open_data(self) -> None:
-        config = self.config
+        config, parent = self.config, self._trial_of
+        if parent is not None:
+            self.train_loader, self.val_loader = parent.train_loader, parent.val_loader
+            self.spec, self._dropped = parent.spec, parent._dropped
+            return
         own_validation = self._given["val"] is not None
         ready_batches = not has_samples(self._given["train"])
         data = data_config(config, split=not own_validation and not ready_batches)
@@ -285,19 +328,17 @@ class TrainingPipeline:
             check_monitor(str(config.monitor), validator.validate_step(loader.first(), self.loss))
         return validator
 
-    def _estimate_seconds(self, batch: Mapping[str, Any], total_steps: int) -> float:
-        """Length of the run without compilation."""
-        inputs = to_device(batch["input"], self.device)
-        with eval_mode(self.model):
-            seconds = hardware.estimate_seconds(self.model, inputs, total_steps, self.device)
-        return min(seconds, self.config.max_seconds or float("inf"))
-
     def _as_begun(self, config: TrainingConfig) -> TrainingConfig:
         """The configuration, with what an earlier session of the same run chose where it leaves a choice."""
         name = config.experiment_name
         run = RunDirectory(Path(config.output_dir) / name) if name else None
         saved = run is not None and bool(CheckpointStore(folder=run.checkpoints).paths())
-        self._resuming = config.auto_resume and saved and run is not None and run.exists()
+        wanted = config.auto_resume or config.resume_from is not None
+        self._resuming = wanted and saved and run is not None and run.exists()
+        if config.resume_from is not None and not self._resuming:
+            raise UsageError(
+                f"resume_from={config.resume_from!r} is of no run that experiment_name names; give both"
+            )
         # Before its first checkpoint a run has nothing to lose; that it has ended is known if it failed.
         empty = run is not None and not saved and not run.best.is_dir()
         self._afresh = empty and (config.auto_resume or has_failed(run))
@@ -305,22 +346,20 @@ class TrainingPipeline:
             return config
         assert run is not None
         recorded = run.read_config()
-        names = ["use_amp", "compile"]
+        names = [n for n in ("use_amp", "compile") if getattr(config, n) == "auto"]
+        names += [n for n in ("grokfast_alpha", "grokfast_lambda", "filter") if getattr(config, n) is None]
         if isinstance(self._given_optimizer, str):
-            names += ["learning_rate", "weight_decay", "grokfast_alpha", "grokfast_lambda"]
-        open_choices = {n for n in names if getattr(config, n) in (None, "auto")}
-        return config.model_copy(update={n: recorded[n] for n in open_choices if n in recorded})
+            names += [n for n in ("learning_rate", "weight_decay") if getattr(config, n) in (None, "auto")]
+            if config.learning_rate == "auto":
+                names += ["optimizer", "use_grokfast"]
+                self._given_optimizer = recorded["optimizer"]
+        return config.model_copy(update={n: recorded[n] for n in names if n in recorded})
 
     def _open_run(self) -> RunDirectory:
         config = self.config
-        name = config.experiment_name
-        if name is None:
-            first = f"{type(self.model).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
-            names = itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2)))
-            name = next(n for n in names if not (Path(config.output_dir) / n).exists())
         return RunDirectory.create(
             config.output_dir,
-            name,
+            config.experiment_name or free_name(config.output_dir, self.model),
             resume=self._resuming,
             overwrite=(config.overwrite or self._afresh) and not self._resuming,
         )
@@ -328,41 +367,16 @@ class TrainingPipeline:
     def _resume_or_begin(self) -> None:
         run = self.run_directory
         assert run is not None
-        config = self._record()
+        given = {**self._given, "optimizer": self._given_optimizer, "teacher": self._teacher}
+        config = record_of(self.resolved, given)
         if self._resuming:
             check_same_run(str(run.path), run.read_config(), plain(config))
-            refused: list[str] = []
-            path, state = self.loop.checkpoints.load_newest(refused.append)  # type: ignore[union-attr]
-            try:
-                self.loop.load_state_dict(state, self.loss)
-            except (RuntimeError, ValueError, KeyError) as error:
-                raise UsageError(
-                    f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the model, "
-                    "loss and optimizer that it was started with"
-                ) from error
-            for reason in refused:
-                what, *_, now = reason.split("; ")
-                self.notices.append(f"{what}; resumed from {path.name} instead; {now}")
-                warnings.warn(self.notices[-1], stacklevel=2)
-            run.truncate_metrics(self.loop.state.step, self.loop.state.epoch)
-            run.append_event({"event": "resumed", "step": self.loop.state.step, "checkpoint": path.name})
-            self.notices.append(f"resumed from {path.name}")
+            self.notices += restore(self.loop, self.loss, run, self.config.resume_from)
         run.write_config(config)
         for record in self._dropped if not self._resuming else ():
             run.append_quarantine(record)
         for notice in self.notices:
             run.append_event({"event": "notice", "text": notice})
-
-    def _record(self) -> dict[str, Any]:
-        """What config.yaml holds: options that `forge train` takes, and objects in words."""
-        config = self.resolved.model_dump()
-        for key, given in (("model", "model"), ("train_data_path", "train"), ("val_data_path", "val")):
-            config[key] = in_words(self._given[given])
-        config["loss"] = in_words(self._given["loss"])
-        config["optimizer"] = in_words(self._given_optimizer)
-        if self._teacher is not None:
-            config["teacher"] = in_words(self._teacher)
-        return config
 
     # -- a run and its end -----------------------------------------------------------------------
 
@@ -465,23 +479,13 @@ def create_training_pipeline(
         >>> pipeline.config.epochs
         3
     """
-    names: dict[str, Any] = dict(options)
-    if isinstance(model, str):
-        names["model"] = model
-    for key, value in (("train_data_path", train_data_path), ("val_data_path", val_data_path)):
-        if isinstance(value, (str, Path)):
-            names[key] = str(value)
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (str, Path)) for v in value):
-            names[key] = [str(v) for v in value]
-    if isinstance(optimizer, str):
-        names["optimizer"] = optimizer
-    elif not isinstance(optimizer, Optimizer):
+    if not isinstance(optimizer, (str, Optimizer)):
         raise UsageError(
             f"optimizer is a {type(optimizer).__name__}; pass a name, or a torch.optim.Optimizer instance"
         )
-    if isinstance(loss, str):
-        names["loss"] = loss
-    config = parse_config(names)
+    data = {"train_data_path": train_data_path, "val_data_path": val_data_path}
+    names = only_names({**data, "model": model, "optimizer": optimizer, "loss": loss})
+    config = parse_config({**options, **names})
     if train_data_path is None:
         raise UsageError("train_data_path is missing; give a data file, a Dataset or batches")
     if teacher is not None and loss not in (None, "distillation"):

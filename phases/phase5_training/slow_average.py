@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 # The key of the average in the optimizer's state of a parameter.
 SLOW = "slow_gradient"
@@ -95,3 +96,8 @@ def filter_in_float32_(
         slow = slow.lerp(g, 1 - linear.decay)
         average.copy_(round_to_bfloat16(slow, seeds[position]) if linear.half else slow)
         grad.copy_(g * linear.of_gradient + slow * linear.of_average)
+
+
+def divides_by_second_moment(optimizer: Optimizer) -> bool:
+    """Whether the optimizer is of the Adam family: its state has a "step" and an "exp_avg_sq"."""
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))

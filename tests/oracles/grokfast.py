@@ -45,6 +45,20 @@ def adamw(gradients, weight, lr, betas, eps, weight_decay):
         yield w.copy()
 
 
+def ademamix(gradients, weight, lr, betas, eps, weight_decay, gain):
+    """Pagliardini et al. 2024 (arXiv:2409.03137), algorithm 1, without its two schedules."""
+    w = np.asarray(weight, dtype=np.float64).copy()
+    fast, slow, v = (np.zeros_like(w) for _ in range(3))
+    for t, g in enumerate(gradients, 1):
+        g = np.asarray(g, dtype=np.float64)
+        fast = betas[0] * fast + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        slow = betas[2] * slow + (1 - betas[2]) * g
+        moved = fast / (1 - betas[0] ** t) + gain * slow
+        w = w - lr * (moved / (np.sqrt(v / (1 - betas[1] ** t)) + eps) + weight_decay * w)
+        yield w.copy()
+
+
 def clip(gradients, max_norm):
     total = np.sqrt(sum(float(np.sum(np.asarray(g, dtype=np.float64) ** 2)) for g in gradients))
     factor = min(1.0, max_norm / (total + 1e-6))

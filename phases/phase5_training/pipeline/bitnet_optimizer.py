@@ -25,7 +25,7 @@ from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.fused_step import fused_step
 from phase5_training.muon import muon_class
-from phase5_training.slow_average import SLOW
+from phase5_training.slow_average import SLOW, divides_by_second_moment
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
 BETAS = (0.9, 0.98)
@@ -35,11 +35,22 @@ OPTIMIZERS: tuple[str, ...] = ("auto", "muon", "adamw", "sgd")
 class Filter(Protocol):
     """A gradient filter; see :class:`phase5_training.pipeline.grokfast_trainer.GradientFilter`."""
 
-    def filter_(self, params: Sequence[nn.Parameter], state: Mapping[Any, Any], step: int) -> None:
-        """Change ``p.grad`` in place."""
+    def filter_(
+        self, params: Sequence[nn.Parameter], state: Mapping[Any, Any], step: int, *, divides: bool = False
+    ) -> None:
+        """Change ``p.grad`` in place; ``divides`` where the optimizer has a second moment."""
 
     def store_(self, state_of: Callable[[nn.Parameter], dict[str, Any]]) -> None:
         """Hand new state to the optimizer, after its step."""
+
+    def add_slow_(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
+        """Change the parameters after the optimizer's step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is not in the optimizer's state."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
 
 
 @dataclass(frozen=True)
@@ -243,13 +254,17 @@ class BitNetOptimizer(Optimizer):
         # On the host the factor is read for free.
         if self.max_grad_norm is not None and (self._undo_on_device or factor < 1):
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
-        if self.gradient_filter is not None:
-            self.gradient_filter.filter_(params, self.state, self.steps)
         for optimizer in optimizers:
+            members = {id(p) for g in optimizer.param_groups for p in g["params"]}
+            own = [p for p in params if id(p) in members]
+            if self.gradient_filter is None or not own:
+                optimizer.step()
+                continue
+            divides = divides_by_second_moment(optimizer)
+            self.gradient_filter.filter_(own, optimizer.state, self.steps, divides=divides)
             optimizer.step()
-        if self.gradient_filter is not None:
-            home = {p: o.state for o in optimizers for g in o.param_groups for p in g["params"]}
-            self.gradient_filter.store_(lambda p: home[p][p])
+            self.gradient_filter.store_(optimizer.state.__getitem__)
+            self.gradient_filter.add_slow_(optimizer, own, self.steps)
 
     def _slow_ratio(self, params: Sequence[nn.Parameter], clipped_norm: Tensor) -> Tensor | None:
         """When measuring: norm of the slow average over norm of the clipped gradient."""
@@ -309,7 +324,11 @@ class BitNetOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """State of the wrapped optimizers, filter averages included, and the step count."""
-        return {"optimizers": [o.state_dict() for o in self.optimizers], "steps": self.steps}
+        return {
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "steps": self.steps,
+            "filter": self.gradient_filter.state_dict() if self.gradient_filter is not None else None,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore :meth:`state_dict`. Load the model first: the codes are not derived again.
@@ -327,6 +346,8 @@ class BitNetOptimizer(Optimizer):
             optimizer.load_state_dict(own)
             _restore_averages(optimizer, own)
         self.steps = state_dict["steps"]
+        if self.gradient_filter is not None and state_dict.get("filter"):
+            self.gradient_filter.load_state_dict(state_dict["filter"])
         # Loading replaces the group dicts of the wrapped optimizers.
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
 

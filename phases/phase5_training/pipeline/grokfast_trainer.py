@@ -8,7 +8,14 @@ Lee et al. 2024 (arXiv:2405.20233). With g the gradient, mu its slow average and
 "ema"         alpha mu + (1 - alpha) g, from mu = g  g + l mu         (Grokfast-EMA, algorithm 1)
 "ma"          mean of the last ``window`` gradients  g + l mu         (Grokfast-MA, once full)
 "high_pass"   as "ema"                               g + l (g - mu)   (amplifies the fast part)
+"ademamix"    as "ema", from mu = 0                  g; the update then has l mu in its numerator
+"auto"        as "ema"                               g + l e mu       (e: evidence that it helps)
 ============  =====================================  ===========================================
+
+"ademamix" is Pagliardini et al. 2024 (arXiv:2409.03137, equation 2): an Adam moves by (m + l mu) / sqrt(v),
+so the slow average does not enter v. An optimizer without v gets g + l mu. "auto" is ours
+(:mod:`phase5_training.generalization`): e is 0 until the network fits its training set better than its
+validation set.
 
 The user's gain is constant; a warm-up and a factor per phase may shape it. The average lives in
 ``optimizer.state[p]["slow_gradient"]``, so whatever carries optimizer state carries it. It is float32, or
@@ -21,13 +28,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from phase4_bitnet import native
 from phase5_training.errors import UsageError, nearest_match
+from phase5_training.events import CallbackRegistry, Event
+from phase5_training.generalization import GeneralizationLag
 from phase5_training.phases import Phase, Schedule
-from phase5_training.slow_average import SLOW, LinearFilter, filter_in_float32_
+from phase5_training.slow_average import (
+    SLOW,
+    LinearFilter,
+    divides_by_second_moment,
+    filter_in_float32_,
+)
 
-FILTERS: tuple[str, ...] = ("ema", "ma", "high_pass")
+FILTERS: tuple[str, ...] = ("auto", "ema", "ma", "high_pass", "ademamix")
 AVERAGE_DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 WINDOW = "gradient_window"
 COUNT = "gradient_count"
@@ -40,14 +55,14 @@ class GrokfastConfig:
     Args:
         alpha: decay of the slow average per optimizer step, in [0, 1).
         lambda_reg: the gain l, 0 or more; 0 leaves the gradient as it is.
-        filter: "ema", "ma" or "high_pass".
+        filter: "ema", "ma", "high_pass", "ademamix" or "auto".
         window: length of the moving average in optimizer steps, for "ma". It keeps that many
             copies of the gradient.
-        unit_gain: divide by (1 + l), so that a constant gradient passes unchanged.
+        unit_gain: divide by (1 + l), so that a constant gradient passes unchanged; not for "ademamix".
         gain_warmup_steps: raise l linearly from 0 over this many optimizer steps.
         phase_gains: factor on l by phase; phases that are not named have 1.
-        average_dtype: "float32", or "bfloat16" for half the memory of the average, for "ema" and
-            "high_pass"; rounded at random, so that it does not stall.
+        average_dtype: "float32", or "bfloat16" for half the memory of the average, for all but "ma";
+            rounded at random, so that it does not stall.
     """
 
     alpha: float = 0.98
@@ -85,6 +100,11 @@ class GrokfastConfig:
             raise UsageError(
                 "filter='ma' keeps a window of gradients, not a running average; "
                 "use average_dtype='float32', or filter='ema'"
+            )
+        if self.unit_gain and self.filter == "ademamix":
+            raise UsageError(
+                "filter='ademamix' leaves the gradient as it is, so there is no gain to divide by; "
+                "use grokfast_unit_gain=False, or filter='ema'"
             )
         for name in self.phase_gains:
             if name not in set(Phase):
@@ -131,17 +151,39 @@ class GradientFilter:
 
     def __init__(self, config: GrokfastConfig, schedule: Schedule | None = None) -> None:
         self.config, self.schedule = config, schedule
+        self.lag = GeneralizationLag()
         self._new: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
 
     def gain(self, step: int) -> float:
-        """l at optimizer step ``step``, counted from 0."""
-        return self.config.gain(step, self.schedule.phase(step) if self.schedule else None)
+        """l at optimizer step ``step``, counted from 0; with "auto" times the evidence at hand."""
+        gain = self.config.gain(step, self.schedule.phase(step) if self.schedule else None)
+        return gain * self.lag.evidence if self.config.filter == "auto" else gain
+
+    def watch(self, callbacks: CallbackRegistry) -> None:
+        """Follow the figures of a loop, which "auto" goes by."""
+        if self.config.filter == "auto":
+            callbacks.register(Event.LOG, lambda step, metrics: self.lag.observe_training(metrics))
+            callbacks.register(Event.EVAL_END, lambda step, metrics: self.lag.observe_validation(metrics))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What does not live in the optimizer's state: the evidence of "auto"."""
+        return self.lag.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict`."""
+        self.lag.load_state_dict(state)
 
     def linear(self, step: int) -> LinearFilter | None:
-        """The figures of the filter at optimizer step ``step``; None for "ma", which is no such filter."""
-        config, gain = self.config, self.gain(step)
-        if config.filter == "ma":
+        """The figures of the filter at optimizer step ``step``; None where one pass cannot apply it.
+
+        That is "ma", which is no such filter, and "ademamix", which also acts after the update.
+        """
+        if self.config.filter in ("ma", "ademamix"):
             return None
+        return self._linear(step, self.gain(step))
+
+    def _linear(self, step: int, gain: float) -> LinearFilter:
+        config = self.config
         high_pass = config.filter == "high_pass"
         of_gradient, of_average = (1 + gain, -gain) if high_pass else (1.0, gain)
         unit = 1 + gain if config.unit_gain else 1.0
@@ -149,18 +191,30 @@ class GradientFilter:
         return LinearFilter(config.alpha, of_gradient / unit, of_average / unit, half)
 
     @torch.no_grad()
-    def filter_(self, params: Sequence[nn.Parameter], state: Mapping[Any, Any], step: int) -> None:
+    def filter_(
+        self,
+        params: Sequence[nn.Parameter],
+        state: Mapping[Any, Any],
+        step: int,
+        *,
+        divides: bool = False,
+    ) -> None:
         """Filter ``p.grad`` of each parameter in place.
 
         Args:
             params: those with a gradient; all others keep their average.
             state: ``optimizer.state``; averages that exist are updated there.
             step: the optimizer step, counted from 0.
+            divides: the optimizer divides by a second moment, so that "ademamix" waits for
+                :meth:`add_slow_`.
         """
         # torch's optimizers take a parameter with any state for one they have seen, so the first
         # averages wait until the optimizer has made its own state (store_).
         self._new = []
-        linear = self.linear(step)
+        gain = self.gain(step)
+        linear = None
+        if self.config.filter != "ma":
+            linear = self._linear(step, 0.0 if divides and self.config.filter == "ademamix" else gain)
         averages: list[dict[str, Tensor]] = []
         for p in params:
             assert p.grad is not None
@@ -175,7 +229,6 @@ class GradientFilter:
         if not grads:
             return
         if linear is None:
-            gain = self.gain(step)
             self._filter_ma_(grads, averages, gain)
             if self.config.unit_gain:
                 torch._foreach_div_(grads, 1 + gain)
@@ -192,6 +245,30 @@ class GradientFilter:
             state_of(p).update(own)
         self._new = []
 
+    @torch.no_grad()
+    def add_slow_(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
+        """The slow average's part of an AdEMAMix update, after the optimizer's own: nothing for others.
+
+        ``p -= lr l mu / (sqrt(v / (1 - beta2**t)) + eps)``, with the v of this step.
+
+        Args:
+            optimizer: an Adam that has just stepped; others are left alone.
+            params: those with a gradient.
+            step: the optimizer step, counted from 0.
+        """
+        if self.config.filter != "ademamix" or not divides_by_second_moment(optimizer):
+            return
+        moved, gain = {id(p) for p in params}, self.gain(step)
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if id(p) not in moved:
+                    continue
+                own = optimizer.state[p]
+                # float() of a step count that an optimizer keeps on the device would wait for it.
+                correction = 1 - group["betas"][1] ** own["step"].to(p.device, p.dtype)
+                root = (own["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
+                p.addcdiv_(own[SLOW].to(p.dtype), root, value=-float(group["lr"]) * gain)
+
     def _first_state(self, grad: Tensor) -> dict[str, Tensor]:
         if self.config.filter == "ma":
             ring = grad.new_zeros((self.config.window, *grad.shape))
@@ -200,7 +277,7 @@ class GradientFilter:
                 WINDOW: ring,
                 COUNT: grad.new_zeros((), dtype=torch.float32),
             }
-        return {SLOW: grad.clone()}
+        return {SLOW: torch.zeros_like(grad) if self.config.filter == "ademamix" else grad.clone()}
 
     def _filter_ma_(
         self, grads: Sequence[Tensor], averages: Sequence[dict[str, Tensor]], gain: float
@@ -281,9 +358,11 @@ class GrokfastTrainer:
         loss.backward()
         if not self._hosted:
             params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-            self.filter.filter_(params, self.optimizer.state, self.step_count)
+            divides = divides_by_second_moment(self.optimizer)
+            self.filter.filter_(params, self.optimizer.state, self.step_count, divides=divides)
         self.optimizer.step()
         if not self._hosted:
             self.filter.store_(self.optimizer.state.__getitem__)
+            self.filter.add_slow_(self.optimizer, params, self.step_count)
         self.step_count += 1
         return {"loss": loss.item(), **report}

@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from oracles import grokfast
+from phase5_training.events import CallbackRegistry, Event
 from phase5_training.phases import PhaseSchedule
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig, GrokfastTrainer
 
 
@@ -36,6 +38,75 @@ def test_filters_follow_the_published_loops(config, oracle):
     series = gradients()
     for found, expected in zip(run_filter(config, series), oracle(series), strict=True):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("hosted", [False, True])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam])
+def test_ademamix_follows_the_published_algorithm(make, hosted):
+    series, start = gradients(steps=20), gradients(steps=1, seed=1)[0]
+    # Adam's own decay enters the gradient, which is another algorithm: none there.
+    decay = 0.1 if make is torch.optim.AdamW else 0.0
+    layer = nn.Linear(4, 3, bias=False)
+    layer.weight.data = torch.tensor(start)
+    inner = make(layer.parameters(), lr=0.05, betas=(0.9, 0.98), weight_decay=decay)
+    config = GrokfastConfig(filter="ademamix", alpha=0.99, lambda_reg=3.0)
+    subject = GradientFilter(config)
+    optimizer = BitNetOptimizer(inner, layer, gradient_filter=subject) if hosted else inner
+    expected = grokfast.ademamix(series, start, 0.05, (0.9, 0.98, 0.99), 1e-8, decay, 3.0)
+    for step, (g, want) in enumerate(zip(series, expected, strict=True)):
+        layer.weight.grad = torch.tensor(g)
+        if not hosted:
+            subject.filter_([layer.weight], optimizer.state, step, divides=True)
+        optimizer.step()
+        if not hosted:
+            subject.store_(optimizer.state.__getitem__)
+            subject.add_slow_(optimizer, [layer.weight], step)
+        np.testing.assert_allclose(layer.weight.detach().numpy(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_ademamix_without_a_second_moment_adds_to_the_gradient():
+    series = gradients()
+    config = GrokfastConfig(filter="ademamix", alpha=0.9, lambda_reg=2.0)
+    slow = 0.0
+    for g, found in zip(series, run_filter(config, series), strict=True):
+        slow = 0.9 * slow + 0.1 * g.astype(np.float64)
+        np.testing.assert_allclose(found, g + 2.0 * slow, rtol=2e-5, atol=1e-5)
+
+
+def test_auto_amplifies_by_the_evidence():
+    series = gradients()
+    config = GrokfastConfig(filter="auto", alpha=0.9, lambda_reg=2.0)
+    for e in (0.0, 0.25, 1.0):
+        parameter = nn.Parameter(torch.zeros(3, 4))
+        state, subject = {parameter: {}}, GradientFilter(config)
+        subject.lag.evidence = e
+        for step, (g, want) in enumerate(zip(series, grokfast.ema(series, 0.9, 2.0 * e), strict=True)):
+            parameter.grad = torch.tensor(g)
+            subject.filter_([parameter], state, step)
+            subject.store_(state.__getitem__)
+            np.testing.assert_allclose(parameter.grad.numpy(), want, rtol=2e-5, atol=1e-5)
+
+
+def test_auto_watches_a_loop_and_its_evidence_survives_a_checkpoint():
+    layer = nn.Linear(2, 2)
+    optimizer = BitNetOptimizer(
+        torch.optim.SGD(layer.parameters(), 0.1),
+        layer,
+        gradient_filter=GradientFilter(GrokfastConfig(filter="auto")),
+    )
+    callbacks = CallbackRegistry()
+    optimizer.gradient_filter.watch(callbacks)
+    callbacks.fire(Event.LOG, 1, {"loss": 4.0, "accuracy": 0.9})
+    callbacks.fire(Event.EVAL_END, 1, {"loss": 9.0, "accuracy": 0.1})
+    assert optimizer.gradient_filter.gain(0) == 2.0
+    again = BitNetOptimizer(
+        torch.optim.SGD(layer.parameters(), 0.1),
+        layer,
+        gradient_filter=GradientFilter(GrokfastConfig(filter="auto")),
+    )
+    assert again.gradient_filter.gain(0) == 0.0
+    again.load_state_dict(optimizer.state_dict())
+    assert again.gradient_filter.gain(0) == 2.0
 
 
 @pytest.mark.parametrize("name", ["ema", "ma"])
@@ -104,6 +175,7 @@ def test_by_hand_equals_filter_then_sgd():
         ({"filter": "emma"}, "did you mean 'ema'"),
         ({"window": 0}, "at least 1"),
         ({"phase_gains": {"cooldown": 1.0}}, "the phases are warmup"),
+        ({"filter": "ademamix", "unit_gain": True}, "no gain to divide by"),
     ],
 )
 def test_bad_figures_are_refused(options, message):

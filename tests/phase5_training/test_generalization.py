@@ -1,0 +1,54 @@
+"""The evidence for delayed generalization, against figures worked out by hand."""
+
+import json
+
+import pytest
+
+from phase5_training.generalization import GeneralizationLag
+
+
+def observed(training, validation):
+    lag = GeneralizationLag()
+    for each in training:
+        lag.observe_training(each)
+    lag.observe_validation(validation)
+    return lag
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "validation", "evidence"),
+    [(1.0, 1.0, 0.0), (1.0, 0.8, 0.0), (1.0, 0.65, 0.5), (1.0, 0.5, 1.0), (0.3, 0.01, 0.3), (0.1, 0.9, 0.0)],
+)
+def test_by_accuracy(accuracy, validation, evidence):
+    lag = observed([{"loss": 1.0, "accuracy": accuracy}], {"loss": 50.0, "accuracy": validation})
+    assert lag.evidence == pytest.approx(evidence)
+
+
+@pytest.mark.parametrize(
+    ("loss", "validation", "evidence"),
+    [(0.4, 0.6, 0.0), (0.0, 1.4, 0.5 / 0.3), (0.4, 1.2, 0.2 / 0.3), (0.0, 90.0, 1.0), (3.0, 9.0, 0.0)],
+)
+def test_by_loss_where_there_is_no_accuracy(loss, validation, evidence):
+    """fit = 1 - loss / 2, the first loss being 2."""
+    lag = observed([{"loss": 2.0, "accuracy": None}, {"loss": loss, "accuracy": None}], {"loss": validation})
+    assert lag.evidence == pytest.approx(min(1.0, evidence))
+
+
+def test_without_figures_there_is_no_evidence():
+    assert observed([], {"loss": 1.0, "accuracy": 0.0}).evidence == 0.0
+    nan = float("nan")
+    lag = observed([{"loss": nan, "accuracy": nan}], {"loss": nan, "accuracy": nan})
+    assert lag.evidence == 0.0
+    lag.observe_training({"loss": 3.0, "accuracy": 1.0})
+    lag.observe_validation({"loss": 3.0, "accuracy": 0.0})
+    lag.observe_validation({"loss": nan, "accuracy": nan})
+    assert lag.evidence == 1.0, "a validation that failed is no news"
+
+
+def test_state_survives_json():
+    lag = observed([{"loss": 2.0, "accuracy": None}, {"loss": 0.1, "accuracy": None}], {"loss": 3.0})
+    again = GeneralizationLag()
+    again.load_state_dict(json.loads(json.dumps(lag.state_dict())))
+    assert again.state_dict() == lag.state_dict()
+    again.observe_validation({"loss": 0.1})
+    assert again.evidence == 0.0
