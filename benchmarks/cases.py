@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from interleave import reason
 from phase4_bitnet import build_model
 from phase4_bitnet.convert import hidden_linears
+from phase4_bitnet.naive import convert_model_to_naive
 from phase5_training import BitNetOptimizer, GrokfastConfig
 from phase5_training.config import TrainingConfig
 from phase5_training.hardware import compile_model
@@ -122,33 +123,6 @@ class Case:
         return loss
 
 
-class NaiveBitLinear(nn.Linear):
-    """The widespread BitLinear: quantization is pretended in float, the product is float.
-
-    Microsoft, "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (2024), figure 3, without its RMSNorm,
-    since the decoder has norms of its own:
-    https://github.com/microsoft/unilm/blob/master/bitnet/The-Era-of-1-bit-LLMs__Training_Tips_Code_FAQ.pdf
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        w = self.weight
-        x_quant = x + (activation_quant(x) - x).detach()
-        w_quant = w + (weight_quant(w) - w).detach()
-        return F.linear(x_quant, w_quant, self.bias)
-
-
-def activation_quant(x: Tensor) -> Tensor:
-    """Per-token int8 values in float: x (..., features) -> the same shape and dtype."""
-    scale = 127.0 / x.abs().max(dim=-1, keepdim=True).values.clamp_(min=1e-5)
-    return (x * scale).round().clamp_(-128, 127) / scale
-
-
-def weight_quant(w: Tensor) -> Tensor:
-    """{-1, 0, 1} times the mean absolute value, in float: the shape and dtype of w."""
-    scale = 1.0 / w.abs().mean().clamp_(min=1e-5)
-    return (w * scale).round().clamp_(-1, 1) / scale
-
-
 class CastLinear(nn.Linear):
     """Casts input and weight to bf16 before torchao's product.
 
@@ -190,8 +164,7 @@ def _float(shape: Shape, device: str) -> Training:
 
 
 def _naive(shape: Shape, device: str) -> Training:
-    model = decoder(shape, device, ternary=False)
-    replace_hidden(model, lambda a, b: NaiveBitLinear(a, b, bias=False, device="meta"))
+    model = convert_model_to_naive(decoder(shape, device, ternary=False))
     return Training(model=model, optimizer=adamw(model))
 
 

@@ -1,5 +1,7 @@
 """The parts of a run, each made from its configuration; the factory and ``forge evaluate`` use them."""
 
+import itertools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,15 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from phase5_training import hardware
+from phase5_training.batches import to_device
 from phase5_training.config import TrainingConfig
 from phase5_training.defaults import rates
 from phase5_training.errors import UsageError
+from phase5_training.loop_config import LoopConfig
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
+from phase5_training.modes import eval_mode
 from phase5_training.phases import Schedule, build_schedule
 from phase5_training.pipeline.bitnet_optimizer import check_optimizer_name
 from phase5_training.pipeline.data_loader import DataConfig
-from phase5_training.pipeline.training_loop import LoopConfig
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
+from phase5_training.random_state import random_state, set_random_state
 
 
 def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
@@ -23,6 +29,7 @@ def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
     return DataConfig(
         batch_size=config.batch_size,
         num_workers=config.num_workers,
+        timeout=config.data_timeout,
         cache_size=config.cache_size,
         streaming=config.streaming,
         quality_threshold=config.quality_threshold,
@@ -147,6 +154,23 @@ def planned_steps(config: TrainingConfig, train_loader: Any) -> int:
     return min(steps, config.max_steps or steps)
 
 
+def estimated_seconds(
+    config: TrainingConfig, model: nn.Module, batch: Mapping[str, Any], steps: int, device: torch.device
+) -> float:
+    """Length of a run of ``steps`` optimizer steps without compilation."""
+    inputs = to_device(batch["input"], device)
+    with eval_mode(model):
+        seconds = hardware.estimate_seconds(model, inputs, steps, device)
+    return min(seconds, config.max_seconds or float("inf"))
+
+
+def free_name(output_dir: str, model: nn.Module) -> str:
+    """A name for a run that has none: the model's class and the time, numbered where that is taken."""
+    first = f"{type(model).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"
+    names = itertools.chain([first], (f"{first}-{i}" for i in itertools.count(2)))
+    return next(n for n in names if not (Path(output_dir) / n).exists())
+
+
 def loop_config(config: TrainingConfig, use_amp: bool, amp_dtype: torch.dtype) -> LoopConfig:
     """Lengths and intervals of a run, as the loop takes them."""
     return LoopConfig(
@@ -159,6 +183,10 @@ def loop_config(config: TrainingConfig, use_amp: bool, amp_dtype: torch.dtype) -
         checkpoint_interval=config.checkpoint_interval,
         use_amp=use_amp,
         amp_dtype=amp_dtype,
+        nonfinite=config.nonfinite,
+        max_nonfinite=config.max_nonfinite,
+        loss_spikes=config.loss_spikes,
+        spike_threshold=config.spike_threshold,
     )
 
 
@@ -167,3 +195,39 @@ def has_samples(source: Any) -> bool:
     if isinstance(source, (str, Path)) or (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         return not isinstance(source, (list, tuple)) or all(isinstance(s, (str, Path)) for s in source)
     return False
+
+
+def cost_of_determinism(model: nn.Module, loss: Loss, batch: Mapping[str, Any], device: torch.device) -> str:
+    """What ``deterministic=True`` costs here, in words: a forward and backward of a batch, both ways.
+
+    Weights, gradients and generators stay as they are. The ways take turns, the fastest of five counts.
+
+    Raises:
+        UsageError: a part of the model has no deterministic kernel.
+    """
+    own = to_device(batch, device)
+    before = random_state()
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    with eval_mode(model), torch.enable_grad():
+        for turn in range(12):
+            with hardware.deterministic_kernels(turn % 2 == 1):
+                began = time.perf_counter()
+                try:
+                    loss(model(own["input"]), own).backward()
+                except RuntimeError as error:
+                    if "deterministic" not in str(error):
+                        raise
+                    said = str(error).splitlines()[0]
+                    raise UsageError(
+                        f"deterministic=True cannot be kept: {said}; replace that part, or leave it out"
+                    ) from error
+                hardware.wait_for(device)
+            seconds[turn % 2 == 1].append(time.perf_counter() - began)
+    for parameter in [*model.parameters(), *loss.parameters()]:
+        parameter.grad = None
+    set_random_state(before)
+    plain, deterministic = min(seconds[False][1:]), min(seconds[True][1:])
+    return (
+        f"deterministic=True: forward and backward take {deterministic / plain:.2f} times as long "
+        f"({deterministic * 1e3:.3g} ms against {plain * 1e3:.3g} ms for a batch)"
+    )

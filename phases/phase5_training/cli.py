@@ -16,8 +16,10 @@ USAGE = """forge: train 1.58-bit networks
 
   forge demo                       train on a real task and compare with float, under 4 minutes
   forge train [CONFIG.yaml] ...    train from a file, flags, or both
-  forge resume RUN                 continue a run from its newest checkpoint
+  forge resume RUN                 continue a run from its newest checkpoint, or from RUN/checkpoints/step-N
   forge evaluate RUN               measure the best weights of a run
+  forge tune CONFIG.yaml           find rate, decay, optimizer and filter for a run, in a tenth of its steps
+  forge bench [CONFIG.yaml]        time to a target: Forge against float, plain and tuned
   forge report RUN [RUN ...]       write the report of a run, or of several side by side
   forge write-data TASK            write a real task's data files, to train on
 
@@ -126,7 +128,7 @@ def _resume(words: Sequence[str]) -> int:
     from phase5_training.config import RESUME_OPTIONS
 
     parser = Parser("forge resume", description="Continue a run from its newest checkpoint that can be read.")
-    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("run", help="folder of the run, or of one of its checkpoints")
     parser.add_argument("--quiet", action="store_true", help="print the result only")
     add_config_flags(parser, RESUME_OPTIONS)
     found = parser.parse_strictly(words)
@@ -151,6 +153,61 @@ def _evaluate(words: Sequence[str]) -> int:
         print(json.dumps(figures))
     else:
         print(_figures({k: v for k, v in figures.items() if not k.startswith("avg_")}))
+    return 0
+
+
+def _tune(words: Sequence[str]) -> int:
+    parser = Parser(
+        "forge tune",
+        description="Find learning rate, weight decay, optimizer and filter for a run by short trials, in at "
+        "most a tenth of its steps. What the file names of optimizer, decay and filter stays.",
+    )
+    parser.add_argument("config", help="YAML file of the run, as for `forge train`")
+    parser.add_argument("--output", help="YAML file to write; default CONFIG-tuned.yaml beside it")
+    found = parser.parse_strictly(words)
+    from phase5_training.commands import tune
+
+    tuning, written, trials = tune(found.config, found.output)
+    print(tuning.sentence())
+    print(f"trials: {trials}")
+    print(f"train with: forge train {written}")
+    return 0
+
+
+def _bench(words: Sequence[str]) -> int:
+    from pathlib import Path
+
+    parser = Parser(
+        "forge bench",
+        description="Train with several recipes on the same model, data and batch, and compare the time and "
+        "steps to a target that is held.",
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of a run with training and validation data")
+    parser.add_argument("--task", help="a built-in comparison instead, as modular_mul, digits or python_text")
+    parser.add_argument("--recipes", nargs="+", help="default plain float float_muon naive forge")
+    parser.add_argument("--attribution", action="store_true", help="add weights x filter x int8 x tuned")
+    parser.add_argument("--seeds", type=int, default=5, help="how many; default 5")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of them; default 0")
+    parser.add_argument(
+        "--target", nargs="+", help="figures to hold, or a recipe whose held figure is the target"
+    )
+    parser.add_argument("--full", action="store_true", help="go on after the target, to the end of the run")
+    parser.add_argument("--tuned", help="JSON lines of an earlier bench, whose tuned figures are taken")
+    parser.add_argument("--cap-steps", type=int, help="length of each run; default that of the task or file")
+    parser.add_argument("--cap-seconds", type=float, help="most seconds a run may take")
+    parser.add_argument("--output-dir", default="runs", help="folder for the runs; default runs")
+    parser.add_argument(
+        "--record", help="JSON lines to append every row to; default bench.jsonl by the report"
+    )
+    parser.add_argument("--quiet", action="store_true", help="print the result only")
+    found = parser.parse_strictly(words)
+    from phase5_training.bench import run_bench
+
+    run_bench(found.config, found.task, record=Path(found.record) if found.record else None, **{
+        name: getattr(found, name)
+        for name in ("recipes", "attribution", "seeds", "first_seed", "target", "full", "tuned", "cap_steps",
+                     "cap_seconds", "output_dir", "quiet")
+    })  # fmt: skip
     return 0
 
 
@@ -226,6 +283,8 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "resume": _resume,
     "evaluate": _evaluate,
+    "tune": _tune,
+    "bench": _bench,
     "report": _report,
     "write-data": _write_data,
 }

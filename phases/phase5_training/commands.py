@@ -16,8 +16,9 @@ from phase5_training.factory import TrainingPipeline, create_training_pipeline
 from phase5_training.hardware import resolve_amp, resolve_device
 from phase5_training.models import check_against_data, prepare_model
 from phase5_training.pipeline.data_loader import DataLoaderFactory
-from phase5_training.records import RunDirectory
+from phase5_training.records import CHECKPOINTS, RunDirectory
 from phase5_training.results import TrainingResult
+from phase5_training.tune import Tuning, write_tuned
 
 # What lets a complete run go on.
 PATIENCE = {"patience", "early_stopping"}
@@ -42,19 +43,50 @@ def train(config_file: str | None, overrides: Mapping[str, Any]) -> TrainingResu
     return pipeline_from({**values, **overrides}).run()
 
 
+def tune(config_file: str, output: str | None = None) -> tuple[Tuning, Path, Path]:
+    """Find rate, decay, optimizer and filter for the run of a YAML file, and write them into another.
+
+    Args:
+        config_file: as for :func:`train`.
+        output: the file to write; None writes ``<name>-tuned.yaml`` beside the first.
+
+    Returns:
+        What was found, the file written, and the file of the trials.
+
+    Raises:
+        UsageError: options that do not fit, a run too short for trials, or an output that is the input.
+    """
+    source = Path(config_file)
+    values = load_yaml(source)
+    parse_config(values, where=config_file)
+    written = Path(output) if output else source.with_name(f"{source.stem}-tuned.yaml")
+    if written.resolve() == source.resolve():
+        raise UsageError(f"--output {written} is the file that is tuned; give another name")
+    tuning = pipeline_from({**values, "auto_resume": False}).tune()
+    return tuning, *write_tuned(tuning, values, config_file, written)
+
+
 def resume(folder: str, overrides: Mapping[str, Any]) -> TrainingResult:
-    """Continue a run from its newest checkpoint that can be read.
+    """Continue a run from its newest checkpoint that can be read, or from one that is named.
+
+    Args:
+        folder: of the run, or of one of its checkpoints (RUN/checkpoints/step-00001000), from which a run
+            also goes on when it is complete.
+        overrides: options that may differ.
 
     Raises:
         UsageError: there is no run, it is complete, or it cannot be rebuilt from its records.
+        CheckpointError: the checkpoint that is named does not verify.
     """
-    run = open_run(folder)
+    chosen = Path(folder) if Path(folder).parent.name == CHECKPOINTS else None
+    run = open_run(str(chosen.parent.parent) if chosen else folder)
     values = run.read_config()
     again = "call create_training_pipeline with the same objects and auto_resume=True"
     _refuse_objects(run, values, [k for k in values if k not in overrides], again)
     result = run.read_result()
     early = result is not None and result.get("stop_reason") == "early_stop"
-    if result and result.get("success") and not (PATIENCE if early else EXTENDING) & set(overrides):
+    longer = bool((PATIENCE if early else EXTENDING) & set(overrides))
+    if result and result.get("success") and not chosen and not longer:
         steps = result["metrics"].get("steps")
         more = "--patience" if early else "--epochs or --max-steps"
         raise UsageError(
@@ -66,6 +98,7 @@ def resume(folder: str, overrides: Mapping[str, Any]) -> TrainingResult:
     values.update(
         overrides, auto_resume=True, overwrite=False, experiment_name=path.name, output_dir=str(path.parent)
     )
+    values["resume_from"] = str(chosen) if chosen else None
     return pipeline_from(values).run()
 
 

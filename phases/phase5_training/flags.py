@@ -78,7 +78,12 @@ def add_config_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None
             group.add_argument(flag, nargs="+", metavar=name.rsplit("_", 1)[-1].upper(), **options)
         else:
             choices = [str(a) for a in _literals(field.annotation)]
-            metavar = "{" + ",".join(choices) + "}" if choices else name.rsplit("_", 1)[-1].upper()
+            # One word beside any number, as auto for a rate, is no choice of words.
+            metavar = (
+                "{" + ",".join(choices) + "}"
+                if choices and float not in types
+                else name.rsplit("_", 1)[-1].upper()
+            )
             group.add_argument(flag, metavar=metavar, **options)
 
 

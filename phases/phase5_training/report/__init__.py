@@ -127,7 +127,8 @@ def _comparison(runs: Sequence[Loaded]) -> dict[str, Any] | None:
         rows = [row for row in given if isinstance(row, dict)] if isinstance(given, list) else []
         if not rows:
             return None
-        chart = accuracy_against_time(comparison.comparison_curves(runs[0], rows))
+        figure = str(rows[0].get("figure") or "accuracy")
+        chart = comparison.comparison_chart(comparison.comparison_curves(runs[0], rows), figure)
     return {
         "sentence": comparison.comparison_sentence(rows),
         "table": comparison.comparison_table(rows, own_first=len(runs) == 1),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phase5_training.records import RunDirectory
-from phase5_training.report.charts import Points, points
+from phase5_training.report.charts import Chart, Points, accuracy_against_time, against_time, points
 from phase5_training.report.summary import Loaded, Table, text
 from phase5_training.report.wording import MISSING, duration, is_finite, number, one_line, share, stop_reason
 
@@ -42,6 +42,11 @@ _COMPARISON = (
     ("wall_seconds", "Wall time", duration),
     ("steps_to_target", "Steps to target", number),
     ("seconds_to_target", "Time to target", duration),
+    ("seconds_quartiles", "Quartiles over seeds, s", one_line),
+    ("reached", "Seeds that held it", one_line),
+    ("tuning_steps", "Tuning, steps", number),
+    ("tuning_seconds", "Tuning, time", duration),
+    ("test", "Figure on unseen data", number),
     ("best_accuracy", "Best validation accuracy", share),
     ("final_val_loss", "Final validation loss", number),
     ("note", "Note", one_line),
@@ -63,7 +68,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], *, own_first: bool) -> T
         if key in _BEST_IS and len(finite) > 1:
             best = _BEST_IS[key](finite)
             marked |= {(i, index) for i, value in enumerate(values) if value == best}
-    words = ("name", "optimizer", "note")
+    words = ("name", "optimizer", "note", "seconds_quartiles", "reached")
     return Table(
         head=[head for _, head, _ in columns],
         rows=[[_cell(row.get(key), show) for key, _, show in columns] for row in rows],
@@ -135,6 +140,14 @@ def comparison_curves(own: Loaded, rows: Sequence[Mapping[str, Any]]) -> list[tu
             found = own.validation("elapsed_s", "accuracy")
         curves.append((_row_name(row), found))
     return curves
+
+
+def comparison_chart(curves: Sequence[tuple[str, Points]], figure: str = "accuracy") -> Chart | None:
+    """The curves of a comparison as a chart of ``figure`` against seconds; None when no row has any."""
+    if figure == "accuracy":
+        return accuracy_against_time(curves)
+    title = f"Validation {figure.replace('_', ' ')} against wall time"
+    return against_time(curves, key="figure-time", title=title)
 
 
 def _row_name(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,303 @@
+"""What ``forge bench`` compares: recipes, tasks, and the figures that earlier tuning has found.
+
+A recipe is a set of options of a run. All recipes of a comparison share the model, data, batch and
+evaluations; what a recipe leaves open (rate and decay) comes from tuning, at the same budget for each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from phase5_training.errors import UsageError, nearest_match
+
+Options = dict[str, Any]
+
+# The figures of the document that Forge was written to, and of most tutorials.
+_PLAIN: Options = {
+    "optimizer": "adamw", "learning_rate": 1e-4, "weight_decay": 1e-2, "schedule": "constant",
+    "warmup_steps": 0,
+}  # fmt: skip
+# Lee et al. 2024 (arXiv:2405.20233), named, so that no evidence is asked for.
+_PAPER_FILTER: Options = {"use_grokfast": True, "grokfast_alpha": 0.98, "grokfast_lambda": 2.0}
+_FILTER: Options = {"use_grokfast": True}
+_NO_FILTER: Options = {"use_grokfast": False}
+_FLOAT: Options = {"use_bitnet": False}
+_INT8: Options = {"backward": "int8"}
+_NO_INT8: Options = {"backward": "float32", "activation_bits": None}
+# Rates that tuning tries; as many for each optimizer, so that the budgets are equal.
+RATES = {"adamw": (3e-4, 1e-3, 3e-3, 6e-3), "muon": (1e-3, 3e-3, 1e-2, 3e-2)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One way to train.
+
+    Args:
+        title: for the table.
+        options: of the run.
+        tuned_as: the recipe whose tuned figures it takes; empty for one that is not tuned.
+        naive: hidden layers become :class:`phase4_bitnet.naive.NaiveBitLinear`.
+        factors: weights, filter, int8 and tuned, for the attribution.
+    """
+
+    title: str
+    options: Options
+    tuned_as: str = ""
+    naive: bool = False
+    factors: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _cell(
+    title: str, options: Options, *, ternary: bool, filtered: bool, int8: bool | None, tuned_as: str = ""
+) -> Recipe:
+    factors = {
+        "weights": "ternary" if ternary else "float",
+        "filter": filtered,
+        "int8": int8,
+        "tuned": bool(tuned_as),
+    }
+    return Recipe(title=title, options=options, tuned_as=tuned_as, factors=factors)
+
+
+def _attribution() -> dict[str, Recipe]:
+    """Float or ternary x filter x int8 x tuned; the cells that are recipes of their own keep their names."""
+    cells: dict[str, Recipe] = {}
+    for ternary, int8, tuned, filtered in itertools.product(*[(False, True)] * 4):
+        if int8 and not ternary:
+            continue
+        if ternary:
+            base = ("forge" if int8 else "ternary") if tuned else "ternary_plain" + "_int8" * int8
+        else:
+            base = "float" if tuned else "plain"
+        weights = (_INT8 if int8 else _NO_INT8) if ternary else _FLOAT
+        # Without tuning the document's own settings, its optimizer and the paper's filter.
+        filter_on = _FILTER if tuned else _PAPER_FILTER
+        own = {} if tuned else _PLAIN
+        if tuned:
+            own = {"optimizer": "auto" if ternary else "adamw"}
+        title = _TITLES.get(base, base.replace("_", " "))
+        cells[base + "_filter" * filtered] = _cell(
+            title + (", filter" if filtered else ""),
+            {**weights, **own, **(filter_on if filtered else _NO_FILTER)},
+            ternary=ternary,
+            filtered=filtered,
+            int8=int8 if ternary else None,
+            tuned_as=("forge" if ternary else "float") if tuned else "",
+        )
+    return cells
+
+
+_TITLES = {
+    "plain": "float, plain settings",
+    "float": "float AdamW, tuned",
+    "ternary_plain": "ternary, plain settings",
+    "ternary_plain_int8": "ternary int8, plain settings",
+    "ternary": "ternary, tuned, no int8",
+    "forge": "Forge",
+}
+RECIPES: dict[str, Recipe] = {
+    **_attribution(),
+    "float_muon": Recipe(
+        title="float Muon, tuned",
+        options={**_FLOAT, **_NO_FILTER, "optimizer": "muon"},
+        tuned_as="float_muon",
+    ),
+    "naive": Recipe(
+        title="fake-quant ternary AdamW, tuned",
+        options={**_FLOAT, **_NO_FILTER, "optimizer": "adamw"},
+        tuned_as="naive",
+        naive=True,
+    ),
+}
+# (a), (b), (b2), (c), (d): what stands side by side unless others are named.
+SIDE_BY_SIDE = ("plain", "float", "float_muon", "naive", "forge")
+ATTRIBUTION = tuple(name for name, recipe in RECIPES.items() if recipe.factors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTask:
+    """A built-in comparison: a task of ``tasks.py`` with batch, evaluations and cap.
+
+    Args:
+        task: name in ``tasks.TASKS``. task_options: of its function.
+        options: of every run, whatever the recipe.
+        tuned_schedule: shape of the rate for every recipe that is tuned.
+        decays: that tuning tries.
+        targets: figures to reach, or the name of a recipe whose held figure is the target.
+        delayed: generalization comes long after the fit, so short trials show nothing.
+    """
+
+    task: str
+    task_options: Options = field(default_factory=dict)
+    options: Options
+    tuned_schedule: str = "linear"
+    decays: tuple[float, ...] = (0.1,)
+    targets: tuple[float | str, ...] = (0.95, 0.99)
+    delayed: bool = False
+
+
+def _modular(operation: str, cap: int = 1000) -> BenchTask:
+    return BenchTask(
+        task="modular_arithmetic",
+        task_options={"operation": operation},
+        options={"model": "decoder", "batch_size": 512, "max_steps": cap, "eval_interval": 15},
+        tuned_schedule="constant",
+        decays=(0.1, 1.0, 6.0),
+        delayed=True,
+    )
+
+
+def _table(task: str, targets: tuple[float | str, ...]) -> BenchTask:
+    return BenchTask(
+        task=task,
+        # Half of what is held out is watched, half is reported.
+        task_options={"validation_share": 0.4},
+        options={"model": "mlp", "model_options": {"hidden": [128, 128]}, "batch_size": 32, "max_steps": 600,
+                 "eval_interval": 10},
+        decays=(0.01, 0.1, 1.0),
+        targets=targets,
+    )  # fmt: skip
+
+
+_DIGITS: Options = {"model": "mlp", "model_options": {"hidden": [512, 512]}, "batch_size": 64}
+TASKS: dict[str, BenchTask] = {
+    "modular_mul": _modular("*"),
+    "modular_add": _modular("+"),
+    "modular_div": _modular("/"),
+    "s5": _modular("S5", 4000),
+    "digits": BenchTask(
+        task="digits",
+        task_options={"validation_share": 0.4},
+        options={**_DIGITS, "max_steps": 510, "eval_interval": 17},
+        decays=(0.01, 0.1, 1.0),
+    ),
+    "digits_small": BenchTask(
+        task="digits",
+        task_options={"validation_share": 0.4, "train_size": 100},
+        options={**_DIGITS, "max_steps": 2000, "eval_interval": 20},
+        decays=(0.01, 0.1, 1.0),
+        targets=("float",),
+        delayed=True,
+    ),
+    "python_text": BenchTask(
+        task="python_text",
+        task_options={"max_bytes": 4_000_000},
+        options={
+            "model": "decoder",
+            "model_options": {"dim": 128, "layers": 4, "heads": 4},
+            "batch_size": 16,
+            "max_length": 128,
+            "max_steps": 1800,
+            "eval_interval": 100,
+        },
+        targets=("float", "float_muon"),
+    ),
+    "breast_cancer": _table("breast_cancer", (0.95, "float")),
+    "wine": _table("wine", (0.95, "float")),
+    "diabetes": _table("diabetes", ("float",)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The options that tuning has found for a recipe, and what it cost to find them.
+
+    Args:
+        options: for the run. steps, seconds: of all trials together; None where no record says.
+        trials: how many there were. source: where it is recorded.
+    """
+
+    options: Options
+    steps: int | None = None
+    seconds: float | None = None
+    trials: int | None = None
+    source: str = ""
+
+
+_SWEEP = "benchmarks/records/sweep_modular.jsonl"
+# The best rows of the committed sweep; its seconds were not recorded.
+BUILT_IN: dict[tuple[str, str], Tuned] = {
+    ("modular_mul", "float"): Tuned(
+        options={"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 6.0, "schedule": "constant",
+                 "warmup_steps": 10},
+        steps=3490,
+        trials=10,
+        source=_SWEEP,
+    ),
+    ("modular_mul", "forge"): Tuned(
+        options={"optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 3.0, "schedule": "phases",
+                 "warmup_steps": 10, "acceleration_steps": 150, "consolidation_steps": 20, "max_steps": 300},
+        steps=8610,
+        trials=29,
+        source=_SWEEP,
+    ),
+}  # fmt: skip
+
+
+def grid(recipe: Recipe, task: BenchTask) -> list[Options]:
+    """What tuning tries for a recipe on a built-in task: every rate of its optimizer with every decay."""
+    name = recipe.options["optimizer"]
+    name = "muon" if name == "auto" else name
+    return [
+        {
+            "optimizer": name,
+            "learning_rate": rate,
+            "weight_decay": decay,
+            "schedule": task.tuned_schedule,
+            "warmup_steps": 10,
+        }
+        for rate, decay in itertools.product(RATES[name], task.decays)
+    ]
+
+
+def read_tuned(path: str | Path) -> dict[tuple[str, str], Tuned]:
+    """(task, recipe) -> what tuning has found, from the "tuned" rows of a file of JSON lines.
+
+    Raises:
+        UsageError: the file is missing or not such a file.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+        rows = [orjson.loads(line) for line in lines if line.strip()]
+        rows = [row for row in rows if row.get("kind") == "tuned"]
+        return {
+            (row["task"], row["recipe"]): Tuned(
+                options=row["options"],
+                steps=row["tuning_steps"],
+                seconds=row["tuning_seconds"],
+                trials=row["tuning_trials"],
+                source=str(path),
+            )
+            for row in rows
+        }
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path} does not exist; leave --tuned out, or give the JSON lines of a bench"
+        ) from None
+    except (orjson.JSONDecodeError, AttributeError, KeyError, OSError) as error:
+        raise UsageError(f"{path} is no record of tuning ({type(error).__name__}: {error})") from None
+
+
+def chosen_recipes(names: Iterable[str] | None, attribution: bool) -> list[str]:
+    """The recipes to run.
+
+    Args:
+        names: as given; None for those that stand side by side.
+        attribution: add the cells of the attribution table.
+
+    Raises:
+        UsageError: a name is unknown; names the nearest.
+    """
+    wanted = list(names if names is not None else SIDE_BY_SIDE)
+    for name in wanted:
+        if name not in RECIPES:
+            near = nearest_match(name, RECIPES)
+            hint = f"did you mean {near!r}?" if near else f"use some of {', '.join(RECIPES)}"
+            raise UsageError(f"recipe {name!r} is unknown; {hint}")
+    return list(dict.fromkeys([*wanted, *(ATTRIBUTION if attribution else ())]))

@@ -1,0 +1,354 @@
+"""forge bench: what counts as reached, what is shared, what is left out of every choice."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from phase5_training import UsageError, bench
+from phase5_training.bench_summary import comparison_rows, held_level, quartiles, summaries, time_to
+from phase5_training.cli import main
+from phase5_training.contest import Contest, built_in, from_config, options_of
+from phase5_training.recipes import (
+    ATTRIBUTION,
+    BUILT_IN,
+    RECIPES,
+    SIDE_BY_SIDE,
+    TASKS,
+    Tuned,
+    chosen_recipes,
+    grid,
+    read_tuned,
+)
+
+RECORDS = Path(__file__).resolve().parents[2] / "benchmarks" / "records"
+
+
+class TestReached:
+    @pytest.mark.parametrize("higher", [True, False])
+    def test_is_held_for_three_more(self, higher):
+        """Against a plain search over every pattern of met and missed evaluations."""
+        for met in itertools.product([False, True], repeat=8):
+            curve = [(10 * i, 2.0 * i, (0.9 if m else 0.1) if higher else (0.1 if m else 0.9))
+                     for i, m in enumerate(met)]  # fmt: skip
+            text = "".join("x" if m else "." for m in met)
+            first = text.find("xxxx")
+            expected = None if first < 0 else (10 * first, 2.0 * first)
+            assert time_to(curve, 0.5, higher=higher) == expected
+
+    @pytest.mark.parametrize("higher", [True, False])
+    def test_a_held_level_is_reached_and_nothing_better_is(self, higher):
+        rng = np.random.default_rng(0)
+        for _ in range(50):
+            curve = [(i, i, float(v)) for i, v in enumerate(rng.normal(size=12))]
+            level = held_level(curve, higher=higher)
+            assert time_to(curve, level, higher=higher) is not None
+            better = level + (1e-9 if higher else -1e-9)
+            assert time_to(curve, better, higher=higher) is None
+
+    def test_a_short_curve_holds_nothing(self):
+        assert held_level([(1, 1, 1.0)] * 3, higher=True) is None
+        assert time_to([(1, 1, 1.0)] * 3, 0.5, higher=True) is None
+
+    def test_quartiles_are_numpys_where_all_came(self):
+        for n in range(1, 9):
+            values = np.random.default_rng(n).normal(size=n).tolist()
+            assert quartiles(values) == pytest.approx(np.quantile(values, [0.25, 0.5, 0.75]).tolist())
+
+    def test_never_is_longer_than_anything(self):
+        assert quartiles([1.0, None, None]) == [None, None, None]
+        assert quartiles([1.0, 2.0, None, 3.0, 1.0]) == [1.0, 2.0, 3.0]
+        assert quartiles([]) == [None, None, None]
+
+
+def run_row(recipe, seed, figures, *, seconds=1.0, higher=True, reason="max_steps"):
+    curve = [[10 * (i + 1), seconds * (i + 1), f] for i, f in enumerate(figures)]
+    return {"kind": "run", "task": "t", "recipe": recipe, "seed": seed, "options": {}, "ternary": False,
+            "figure": "accuracy", "higher": higher, "curve": curve, "best": max(figures), "test": 0.5,
+            "steps": 10 * len(figures), "seconds": seconds * len(figures), "stop_reason": reason,
+            "error": "", "tuning_steps": 7, "tuning_seconds": None, "cap_steps": 80,
+            "cap_seconds": None}  # fmt: skip
+
+
+class TestSummaries:
+    def test_failures_ratios_and_targets_of_a_recipe(self):
+        good, bad = [0.1, 0.96, 0.97, 0.98, 0.99], [0.1, 0.96, 0.2, 0.98, 0.99]
+        late = [0.1, 0.2, 0.3, 0.96, 0.97, 0.98, 0.96]
+        runs = [
+            run_row("float", 0, late), run_row("forge", 0, good, seconds=0.5),
+            run_row("float", 1, late), run_row("forge", 1, bad, seconds=0.5),
+            run_row("float", 2, bad), run_row("forge", 2, good, seconds=0.5),
+        ]  # fmt: skip
+        float_row, forge = summaries(runs, [0.95])
+        assert (float_row["failures"], forge["failures"]) == (1, 1)
+        assert float_row["steps"] == [40.0, 40.0, None]
+        assert forge["seconds"] == [1.0, 1.0, None]
+        # Seeds on which float came: 0.25 on the first, never on the second.
+        assert forge["ratio_float"] == quartiles([1.0 / 4.0, None])
+        assert forge["ratio_float_muon"] is None
+        (_, forge) = summaries(runs[:2], ["float"])
+        assert forge["steps"][1] == 20  # float held 0.96
+        rows = comparison_rows(runs, summaries(runs, [0.95]))
+        assert [row["name"] for row in rows] == ["float AdamW, tuned", "Forge"]
+        assert rows[1]["curve"][0] == [0.5, 0.1]
+
+
+class TestRecipes:
+    def test_the_attribution_has_every_cell_once(self):
+        cells = [tuple(RECIPES[n].factors.values()) for n in ATTRIBUTION]
+        expected = [("float", f, None, t) for f in (False, True) for t in (False, True)]
+        expected += [("ternary", f, i, t) for f, i, t in itertools.product((False, True), repeat=3)]
+        assert sorted(cells, key=str) == sorted(expected, key=str)
+
+    def test_the_plain_recipe_is_the_documents(self):
+        plain = RECIPES["plain"].options
+        assert (plain["optimizer"], plain["learning_rate"], plain["weight_decay"]) == ("adamw", 1e-4, 1e-2)
+        assert (plain["schedule"], plain["use_bitnet"], plain["use_grokfast"]) == ("constant", False, False)
+
+    def test_filters_differ_in_the_filter_alone(self):
+        for name in ATTRIBUTION:
+            if name.endswith("_filter"):
+                on, off = RECIPES[name], RECIPES[name.removesuffix("_filter")]
+                differs = {k for k in {*on.options, *off.options} if on.options.get(k) != off.options.get(k)}
+                assert differs <= {"use_grokfast", "grokfast_alpha", "grokfast_lambda"}
+                assert (on.tuned_as, off.options["use_grokfast"]) == (off.tuned_as, False)
+
+    @pytest.mark.parametrize("task", TASKS)
+    def test_every_tuned_recipe_has_the_same_budget(self, task):
+        sizes = {len(grid(RECIPES[name], TASKS[task])) for name in SIDE_BY_SIDE if RECIPES[name].tuned_as}
+        assert len(sizes) == 1
+
+    def test_built_in_figures_are_the_best_of_the_record(self):
+        rows = [json.loads(line) for line in (RECORDS / "sweep_modular.jsonl").read_text().splitlines()]
+        for (task, name), tuned in BUILT_IN.items():
+            assert task == "modular_mul"
+            own = [r for r in rows if r["use_bitnet"] == (name == "forge") and not r["use_grokfast"]]
+            best = min(r["steps_to_target"] or math.inf for r in own)
+            key = ("optimizer", "learning_rate", "weight_decay", "schedule")
+            same = [r for r in own if all(r[k] == tuned.options[k] for k in key)]
+            assert min(r["steps_to_target"] for r in same) == best
+            assert tuned.steps == sum(r["steps"] for r in own)
+            assert tuned.trials == len(own)
+
+    def test_unknown_names(self):
+        with pytest.raises(UsageError, match="did you mean 'forge'"):
+            chosen_recipes(["forg"], attribution=False)
+        with pytest.raises(UsageError, match="did you mean 'digits'"):
+            built_in("digit")
+        assert chosen_recipes(None, attribution=False) == list(SIDE_BY_SIDE)
+
+    def test_tuned_figures_come_back_from_a_record(self, tmp_path):
+        tuned = Tuned(options={"learning_rate": 0.1}, steps=5, seconds=1.5, trials=2, source="here")
+        row = {"kind": "tuned", **bench.tuned_row("digits", "float", tuned)}
+        (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"kind": "run"}) + "\n")
+        (found,) = read_tuned(tmp_path / "t.jsonl").items()
+        assert found[0] == ("digits", "float")
+        assert (found[1].options, found[1].steps, found[1].seconds) == ({"learning_rate": 0.1}, 5, 1.5)
+        (tmp_path / "bad.jsonl").write_text("nonsense\n")
+        for name, said in (("bad", "is no record of tuning"), ("none", "does not exist")):
+            with pytest.raises(UsageError, match=said):
+                read_tuned(tmp_path / f"{name}.jsonl")
+
+
+def contest(task_files, folder, **options):
+    train, val = task_files("wine", validation_share=0.4)
+    shared = {"model": "mlp", "model_options": {"hidden": [16, 16]}, "batch_size": 32, "max_steps": 24,
+              "epochs": 1000, "eval_interval": 3, "use_amp": False, "compile": False, "device": "cpu",
+              "train_data_path": train, "val_data_path": val}  # fmt: skip
+    return Contest(name="wine", options={**shared, **options}, targets=(0.9,), folder=folder)
+
+
+FIGURES = {("wine", name): Tuned(options={"optimizer": "adamw", "learning_rate": 0.01, "weight_decay": 0.1,
+                                          "schedule": "constant", "warmup_steps": 2}, steps=11, seconds=2.0)
+           for name in ("float", "naive", "forge")}  # fmt: skip
+
+
+class TestRuns:
+    @pytest.fixture
+    def done(self, task_files, tmp_path, no_report, capsys):
+        """Two seeds of four recipes; gives the contest, what bench returned and the rows recorded."""
+        own = contest(task_files, tmp_path / "runs")
+        record = tmp_path / "rows.jsonl"
+        names = ["plain", "float", "naive", "forge"]
+        found = bench.bench(own, names, [0, 1], tuned=FIGURES, record=record, full=True)
+        return (
+            own,
+            found,
+            [json.loads(line) for line in record.read_text().splitlines()],
+            capsys.readouterr().out,
+        )
+
+    def test_bench(self, done, tmp_path):
+        _, found, rows, out = done
+        runs = [row for row in rows if row["kind"] == "run"]
+        # Interleaved by seed, and another recipe begins each round.
+        assert [(r["recipe"], r["seed"]) for r in runs] == [
+            ("plain", 0), ("float", 0), ("naive", 0), ("forge", 0),
+            ("float", 1), ("naive", 1), ("forge", 1), ("plain", 1),
+        ]  # fmt: skip
+        for row in runs:
+            assert [step for step, _, _ in row["curve"]] == list(range(3, 25, 3))
+            seconds = [s for _, s, _ in row["curve"]]
+            assert seconds == sorted(seconds)
+            assert seconds[-1] <= row["seconds"]
+            assert (row["figure"], row["steps"], row["stop_reason"]) == ("accuracy", 24, "max_steps")
+            # 71 wines are held out: 36 watched, 35 reported.
+            assert (row["test"] * 35) == pytest.approx(round(row["test"] * 35), abs=1e-4)
+            assert (row["best"] * 36) == pytest.approx(round(row["best"] * 36), abs=1e-4)
+            assert row["best"] == max(f for _, _, f in row["curve"])
+        same = [r["curve"][0][2] for r in runs if r["recipe"] == "float"]
+        assert len(same) == 2
+        summary = [row for row in rows if row["kind"] == "summary"]
+        assert [row["recipe"] for row in summary] == ["plain", "float", "naive", "forge"]
+        assert summary[0]["failures"] == 2  # 24 steps at 1e-4 teach nothing
+        assert (summary[1]["tuning_steps"], summary[0]["tuning_steps"]) == (11, 0)
+        assert "cap: float, plain settings: 2 of 2 seeds did not hold 0.9" in out
+        page = Path(found["report"]).read_text()
+        for name in ("plain", "float", "naive", "forge"):
+            assert RECIPES[name].title in page
+        assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()
+
+    def test_a_run_stops_when_the_target_is_held(self, task_files, tmp_path, no_report):
+        own = contest(task_files, tmp_path, max_steps=600)
+        row = bench.run_once(own, "float", FIGURES["wine", "float"], 0, [0.9])
+        step, seconds = time_to(row["curve"], 0.9, higher=True)
+        assert row["steps"] == step + 9 < 600
+        assert 0 < seconds < row["seconds"]
+
+    def test_the_reported_figure_is_of_the_best_weights_on_the_other_half(
+        self, task_files, tmp_path, no_report, monkeypatch
+    ):
+        seen = {}
+        real = bench.quality
+
+        def kept(pipeline, loader):
+            seen["model"], seen["figures"] = pipeline, real(pipeline, loader)
+            return seen["figures"]
+
+        monkeypatch.setattr(bench, "quality", kept)
+        own = contest(task_files, tmp_path)
+        bench.run_once(own, "float", FIGURES["wine", "float"], 0)
+        data = np.load(own.options["val_data_path"])
+        inputs, targets = torch.from_numpy(data["inputs"]), data["targets"]
+        batches = [np.arange(i, min(i + 32, len(targets))) for i in range(0, len(targets), 32)]
+        other = np.concatenate([b[1::2] for b in batches])
+        with torch.no_grad():
+            guessed = seen["model"].model.eval()(inputs[other]).argmax(-1).numpy()
+        assert seen["figures"]["accuracy"] == pytest.approx((guessed == targets[other]).mean())
+
+    def test_naive_begins_with_the_weights_of_float(self, task_files, tmp_path):
+        own = contest(task_files, tmp_path)
+        models = []
+        for name in ("float", "naive", "forge"):
+            options = options_of(own, name, FIGURES["wine", name])
+            models.append(bench.make_pipeline(own, name, options, 3, name).setup().model.state_dict())
+        for model in models[1:]:
+            assert all(torch.equal(model[key], value) for key, value in models[0].items())
+
+    def test_without_figures_a_recipe_is_tuned_for_a_tenth(self, task_files, tmp_path, no_report):
+        own = contest(task_files, tmp_path, max_steps=600)
+        tuned = bench.tune_once(own, "float", 0)
+        assert 0 < tuned.steps <= 60
+        assert tuned.options["optimizer"] == "adamw"
+        assert options_of(own, "float", tuned)["learning_rate"] == tuned.options["learning_rate"]
+
+    def test_a_grid_of_whole_runs(self, task_files, tmp_path, no_report, monkeypatch):
+        own = contest(task_files, tmp_path)
+        own = Contest(**{**vars(own), "task": TASKS["wine"]})
+        tried = [
+            {"learning_rate": rate, "weight_decay": 0.0, "schedule": "constant"} for rate in (1e-6, 0.02)
+        ]
+        monkeypatch.setattr(bench, "grid", lambda recipe, task: tried)
+        record = tmp_path / "tuned.jsonl"
+        tuned = bench.tune_to_target(own, "float", 0, record)
+        assert tuned.options == tried[1]
+        rows = [json.loads(line) for line in record.read_text().splitlines()]
+        assert [row["kind"] for row in rows] == ["candidate", "candidate", "tuned"]
+        assert tuned.steps == sum(row["steps"] for row in rows[:2])
+        assert read_tuned(record)["wine", "float"].options == tried[1]
+
+
+class TestOptions:
+    def test_a_schedule_comes_with_its_own_lengths(self, task_files, tmp_path):
+        own = contest(task_files, tmp_path, schedule="phases", acceleration_steps=5, early_stopping=True)
+        plain = options_of(own, "plain", None)
+        assert "acceleration_steps" not in plain
+        assert (plain["schedule"], plain["early_stopping"]) == ("constant", False)
+        assert options_of(own, "float_muon", None)["acceleration_steps"] == 5
+
+    def test_the_filter_is_the_recipes_affair(self, task_files, tmp_path):
+        tuned = Tuned(options={"learning_rate": 0.1, "use_grokfast": False})
+        assert options_of(contest(task_files, tmp_path), "forge_filter", tuned)["use_grokfast"] is True
+
+    def test_tuned_for_more_steps_than_the_cap(self, task_files, tmp_path):
+        with pytest.raises(UsageError, match="tuned for 300 steps and the cap is 24"):
+            options_of(contest(task_files, tmp_path), "forge", BUILT_IN["modular_mul", "forge"])
+
+    def test_a_configuration_gives_up_what_recipes_decide(self, task_files, tmp_path):
+        train, val = task_files()
+        path = tmp_path / "mine.yaml"
+        values = {"train_data_path": train, "val_data_path": val, "learning_rate": 0.5, "batch_size": 16}
+        path.write_text(yaml.safe_dump(values))
+        found = from_config(str(path), max_steps=50)
+        assert (found.name, found.options["batch_size"], found.options["max_steps"]) == ("mine", 16, 50)
+        assert "learning_rate" not in found.options
+        del values["val_data_path"]
+        path.write_text(yaml.safe_dump(values))
+        with pytest.raises(UsageError, match="has no val_data_path"):
+            from_config(str(path))
+
+
+class TestHalves:
+    class Loader(list):
+        def description(self):
+            return {"samples": 0}
+
+    def batches(self, sizes):
+        start = 0
+        for size in sizes:
+            index = torch.arange(start, start + size)
+            yield {"input": index.float(), "target": index, "index": index}
+            start += size
+
+    @pytest.mark.parametrize("in_order", [True, False])
+    @pytest.mark.parametrize("sizes", [(4, 4, 3), (8, 1), (5,)])
+    def test_nothing_is_in_both_and_nothing_is_lost(self, in_order, sizes):
+        loader = self.Loader(self.batches(sizes))
+        watched, reported = bench.halves(loader, in_order=in_order)
+        left, right = ([int(i) for b in half for i in b["index"]] for half in (watched, reported))
+        assert sorted(left + right) == list(range(sum(sizes)))
+        assert not set(left) & set(right)
+        assert watched.description()["samples"] == len(left)
+        if in_order and len(sizes) > 1:
+            assert max(left) < min(right)
+
+    def test_too_little_to_halve(self):
+        for loader in (None, self.Loader(self.batches([1]))):
+            with pytest.raises(UsageError, match="cannot be halved"):
+                bench.halves(loader, in_order=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "takes a CONFIG.yaml or --task NAME, and neither was given"),
+        (["a.yaml", "--task", "digits"], "both were given"),
+        (["--task", "digit"], "did you mean 'digits'"),
+        (["--task", "wine", "--seeds", "0"], "--seeds 0 is not above 0"),
+        (["--task", "wine", "--recipes", "frge"], "recipe 'frge' is unknown; did you mean 'forge'"),
+        (["--task", "wine", "--recipes", "forge", "--target", "float"], "add it to --recipes"),
+        (["--task", "wine", "--target", "flaot"], "recipe 'flaot' is unknown"),
+        (["--task", "wine", "--tuned", "none.jsonl"], "none.jsonl does not exist"),
+        (["none.yaml"], "does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(words, said, capsys):
+    assert main(["bench", *words]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1
+    assert said in err[0]
