@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 import platform
-import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -32,11 +31,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from phase4_bitnet.durable_folder import recover, remove_folder, sweep, write_file, write_folder
+from phase5_training.background import BackgroundTask
 from phase5_training.errors import ForgeError
 
 FORMAT = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
-_PREFIX, _DAMAGED = "step-", "damaged-"
+_PREFIX, _DAMAGED, _SUPERSEDED = "step-", "damaged-", "superseded-"
 _LARGEST_MANIFEST = 2**20  # bytes; ours have a few hundred
 _SPARE = 2**20  # bytes that must stay free, for folders, records and the report
 # The keys that mark what JSON has no word for.
@@ -237,12 +237,7 @@ class CheckpointStore:
         if not self.folder.is_dir():
             return []
         recover(self.folder)
-        found = [
-            p
-            for p in self.folder.iterdir()
-            if p.name.startswith(_PREFIX) and p.name[len(_PREFIX) :].isdigit() and p.is_dir()
-        ]
-        return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]))
+        return sorted((p for p in self.folder.iterdir() if _is_checkpoint(p)), key=_step)
 
     def save(self, state: Mapping[str, Any], step: int) -> Path:
         """Write the checkpoint of ``step``, read it back, then prune.
@@ -251,7 +246,23 @@ class CheckpointStore:
             TypeError: the state holds what a checkpoint cannot; nothing is written.
             NotSavedError: it could not be written, or reads back as something else; none is pruned.
         """
-        path = save_checkpoint(self.path(step), state, step=step)
+        return self._write(take_snapshot(state, step=step))
+
+    def begin(self, state: Mapping[str, Any], step: int) -> BackgroundTask[Path]:
+        """Copy a state and begin to save it beside what follows, as :meth:`save` does.
+
+        Returns:
+            The task; its result is the folder, once it was read back, or the NotSavedError.
+
+        Raises:
+            TypeError: the state holds what a checkpoint cannot.
+        """
+        snapshot = take_snapshot(state, step=step)
+        return BackgroundTask(lambda: self._write(snapshot))
+
+    def _write(self, snapshot: Snapshot) -> Path:
+        step, path = snapshot.step, self.path(snapshot.step)
+        write_snapshot(path, snapshot)
         try:
             verify(path)
         except CheckpointError as error:
@@ -285,48 +296,68 @@ class CheckpointStore:
                 damaged.append((path, str(error)))
                 continue
             for bad, reason in damaged:
-                refused(f"{reason}; renamed to {_put_aside(bad).name}")
+                refused(f"{reason}; renamed to {_put_aside(bad, _DAMAGED).name}")
             self._prune()
             return path, state
         raise CheckpointError(f"{self.folder} holds no checkpoint that can be read; start the run again")
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """One checkpoint of this run, chosen by hand.
+
+        Raises:
+            CheckpointError: it is none of this run, or does not verify.
+        """
+        sweep(self.folder)
+        if path.resolve().parent != self.folder.resolve() or not _is_checkpoint(path):
+            have = ", ".join(p.name for p in self.paths()) or "none"
+            raise CheckpointError(f"{path} is no checkpoint of this run; it has {have}")
+        return load_checkpoint(path)
+
+    def set_aside(self, after: Path) -> list[str]:
+        """Rename the checkpoints newer than one to ``superseded-step-...``, so that it is the newest.
+
+        Returns:
+            What was done with each, in words.
+        """
+        newer = [p for p in self.paths() if _step(p) > _step(after)]
+        return [f"{p} was passed over; renamed to {_put_aside(p, _SUPERSEDED).name}" for p in newer]
+
+    def rewind(self, before: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint of fewer than ``before`` steps that verifies; those after it are removed.
+
+        Returns:
+            Its folder and state; None, and nothing is removed, where there is none.
+        """
+        for path in reversed(self.paths()):
+            if _step(path) >= before:
+                continue
+            try:
+                state = load_checkpoint(path)
+            except CheckpointError:
+                continue
+            for newer in self.paths():
+                if _step(newer) > _step(path):
+                    remove_folder(newer)
+            return path, state
+        return None
 
     def _prune(self) -> None:
         for old in self.paths()[: -self.keep]:
             remove_folder(old)
 
 
-def _put_aside(path: Path) -> Path:
+def _is_checkpoint(path: Path) -> bool:
+    return path.name.startswith(_PREFIX) and path.name[len(_PREFIX) :].isdigit() and path.is_dir()
+
+
+def _step(path: Path) -> int:
+    return int(path.name[len(_PREFIX) :])
+
+
+def _put_aside(path: Path, mark: str) -> Path:
     names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
-    free = next(n for n in names if not (path.parent / f"{_DAMAGED}{n}").exists())
-    return path.rename(path.parent / f"{_DAMAGED}{free}")
-
-
-def seed_everything(seed: int) -> None:
-    """Seed every random generator that training may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def random_state() -> dict[str, Any]:
-    """The state of every random generator that training may draw from."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore :func:`random_state`."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    free = next(n for n in names if not (path.parent / f"{mark}{n}").exists())
+    return path.rename(path.parent / f"{mark}{free}")
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, tuple[str, Tensor]], path: str) -> Any:

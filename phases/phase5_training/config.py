@@ -193,7 +193,7 @@ class TrainingConfig(BaseModel):
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Norm that the gradient is clipped to."""
     nonfinite: Literal["stop", "rollback", "skip"] = "stop"
-    """After max_nonfinite skipped steps in a row: fail, go back to a checkpoint at half the rate, or go on."""
+    """After max_nonfinite skipped steps in a row: fail, go to the last checkpoint at half the rate, go on."""
     max_nonfinite: Positive = 50
     """Steps in a row with a loss or gradient that is not finite; each is skipped and listed."""
     loss_spikes: Literal["record", "rollback"] = "record"

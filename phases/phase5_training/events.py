@@ -10,13 +10,16 @@ in this order, and a test reads this picture and holds the loop to it::
             phase_change                            # before the first step of each phase
             for micro_batch in batch:
                 forward, loss, backward             # loss over the samples of the whole batch
+                out_of_memory                       # the batch again, in smaller micro-batches
             unscale, finite check, clip, filter, optimizer, re-quantize, schedule
             step_end                                # figures still on the device
             log                                     # every log_interval steps, figures as numbers
             nonfinite_step                          # found at a log: steps skipped since the last
+            loss_spike                              # found at a log: losses far above those before them
+            rollback                                # by policy: the loop goes on from a checkpoint
             eval_start, eval_end                    # every eval_interval steps and at the end
             early_stop                              # patience ran out: leaves both loops
-            checkpoint_saved                        # every checkpoint_interval steps and at the end
+            checkpoint_saved                        # whole on the disk; begun every half checkpoint_interval
         epoch_end
     fit_end                                         # once, also after an interrupt or a failure
 """
@@ -34,8 +37,10 @@ class Event(StrEnum):
     """A point of the loop at which callbacks run, as ``fn(index, metrics)``.
 
     The index is the epoch for EPOCH_START and EPOCH_END, and the number of optimizer steps taken
-    for all others. The metrics are numbers and strings, except at STEP_END: there ``loss`` and
-    ``grad_norm`` are tensors on the device, and reading one with ``float()`` waits for it.
+    for all others; at CHECKPOINT_SAVED it is the step of the checkpoint, which was written while
+    later steps were taken. The metrics are numbers, strings and lists of them, except at STEP_END:
+    there ``loss`` and ``grad_norm`` are tensors on the device, and reading one with ``float()``
+    waits for it.
     """
 
     FIT_START = "fit_start"
@@ -43,7 +48,10 @@ class Event(StrEnum):
     PHASE_CHANGE = "phase_change"
     STEP_END = "step_end"
     LOG = "log"
+    OUT_OF_MEMORY = "out_of_memory"
     NONFINITE_STEP = "nonfinite_step"
+    LOSS_SPIKE = "loss_spike"
+    ROLLBACK = "rollback"
     EVAL_START = "eval_start"
     EVAL_END = "eval_end"
     EARLY_STOP = "early_stop"

@@ -1,10 +1,11 @@
-"""What the run is computed with: device, mixed precision, compilation."""
+"""What the run is computed with: device, mixed precision, compilation, determinism."""
 
+import contextlib
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -139,11 +140,16 @@ def estimate_seconds(model: Callable[[Any], Any], inputs: Any, steps: int, devic
         for _ in range(2):
             started = time.perf_counter()
             model(inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait_for(device)
             seconds.append(time.perf_counter() - started)
     # A step is about three forwards: one, and two products in backward for each of its.
     return 3 * min(seconds) * steps
+
+
+def wait_for(device: torch.device) -> None:
+    """Let the device finish what it was told to do, so that time is measured and not promised."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -151,3 +157,34 @@ def has_compiler(device: torch.device) -> bool:
     if device.type == "cuda":
         return True
     return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "g++", "clang++") if name)
+
+
+def prepare_determinism(wanted: bool) -> None:
+    """Ask cuBLAS for the workspace without which its products are not repeatable; it looks once, early."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextlib.contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """While inside, torch uses only kernels that give the same bits each time, or raises where it has none.
+
+    The switch is torch's own, one for the process. Memory that was not written yet is not filled, which
+    torch would do as well, since nothing here reads it.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fill, benchmark = memory.fill_uninitialized_memory, torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+        memory.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark

@@ -16,6 +16,10 @@ class LoopState:
         samples: samples seen. nonfinite: steps skipped. validation: the last validation's figures.
         stop_reason: "finished", "max_steps", "max_seconds", "early_stop" or "interrupted".
         train_loss, train_accuracy: means of the last log that had some. first_loss: of step 1.
+        logged_step, validated_step: of the last log and validation.
+        saved_step: of the newest checkpoint that is whole on the disk.
+        micro_batch_size: samples per forward that fit in memory, where more did not.
+        rollbacks: times that the run went back to a checkpoint because of bad numbers.
     """
 
     step: int = 0
@@ -24,16 +28,18 @@ class LoopState:
     seconds: float = 0.0
     samples: int = 0
     nonfinite: int = 0
-    nonfinite_in_a_row: int = 0
     train_loss: float | None = None
     first_loss: float | None = None
     train_accuracy: float | None = None
     best_accuracy: float | None = None
     best_loss: float | None = None
     validation: dict[str, Any] | None = None
+    logged_step: int = -1
     validated_step: int = -1
     saved_step: int = -1
     phase: str | None = None
+    micro_batch_size: int | None = None
+    rollbacks: int = 0
     stop_reason: str = ""
 
     def note_training(self, figures: Mapping[str, Any], skipped: int, steps: int) -> None:
@@ -41,7 +47,6 @@ class LoopState:
         if skipped < steps:
             self.train_loss, self.train_accuracy = figures["loss"], figures["accuracy"]
         self.nonfinite += skipped
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + skipped if skipped == steps else 0
 
     def note_validation(self, figures: dict[str, Any]) -> None:
         """Take the figures of a validation after the current step."""
@@ -50,8 +55,9 @@ class LoopState:
         self.best_accuracy = _better(self.best_accuracy, figures.get("accuracy"), max)
 
     def to_save(self) -> dict[str, Any]:
-        """The fields as a checkpoint holds them: only early stopping ends a run for good."""
-        return {**vars(self), "stop_reason": self.stop_reason if self.stop_reason == "early_stop" else ""}
+        """The fields as the checkpoint of this step holds them: only early stopping ends a run for good."""
+        reason = self.stop_reason if self.stop_reason == "early_stop" else ""
+        return {**vars(self), "stop_reason": reason, "saved_step": self.step}
 
 
 def _better(best: float | None, value: float | None, choose: Callable[..., float]) -> float | None:

@@ -48,6 +48,10 @@ class Meter:
         valid = target != IGNORE_INDEX
         self._correct += torch.stack([((logits.detach().argmax(-1) == target) & valid).sum(), valid.sum()])
 
+    def forget(self) -> None:
+        """Drop what was counted of a batch whose step is not taken."""
+        self._correct.zero_()
+
     def add(self, loss: Tensor, nonfinite: Tensor, samples: int, *, counts: bool | Tensor = True) -> None:
         """Take one optimizer step: its () loss, whether it was skipped, and its samples.
 
@@ -66,6 +70,10 @@ class Meter:
         self._epoch += figures
         self._correct.zero_()
         self.steps, self._samples = self.steps + 1, self._samples + samples
+
+    def note_wait(self, seconds: float) -> None:
+        """Count time in which a batch was waited for."""
+        self.wait_seconds += seconds
 
     def read(self, now: float) -> dict[str, Any]:
         """Figures since the last read, as numbers; waits for the device.

@@ -25,3 +25,24 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def training_modes(model: nn.Module, before: dict[nn.Module, bool]) -> dict[nn.Module, bool]:
+    """Put a model in train mode; parts that the caller put in eval mode, as a frozen BatchNorm, stay in it.
+
+    A model that is in eval mode itself is trained whole.
+
+    Args:
+        model: to train.
+        before: what this function gave the first time; empty for that.
+
+    Returns:
+        The mode of each module.
+    """
+    if not before:
+        if not model.training:
+            model.train()
+        before = {m: m.training for m in model.modules()}
+    for module, training in before.items():
+        module.training = training
+    return before

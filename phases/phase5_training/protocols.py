@@ -81,8 +81,22 @@ class StopsEarly(Protocol):
         """Restore it."""
 
 
+class Task(Protocol):
+    """Work in progress; see :class:`phase5_training.background.BackgroundTask`."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+
+    def result(self) -> Any:
+        """Wait for it; returns or raises what it did."""
+
+
 class Saves(Protocol):
     """What the loop asks of the checkpoint store; see :class:`CheckpointStore`."""
 
-    def save(self, state: Mapping[str, Any], step: int) -> Path:
-        """Write a checkpoint."""
+    def begin(self, state: Mapping[str, Any], step: int) -> Task:
+        """Copy a state and begin to write the checkpoint of ``step``; the task's result is its folder."""
+
+    def rewind(self, before: int) -> tuple[Path, dict[str, Any]] | None:
+        """The newest checkpoint of fewer steps than ``before``, as the newest from now on."""

@@ -1,6 +1,6 @@
 """A run on disk: the folder, its files, and how they survive a killed process.
 
-    runs/<experiment>/  config.yaml  metrics.jsonl  events.jsonl  quarantine.jsonl
+    runs/<experiment>/  config.yaml  metrics.jsonl  events.jsonl  quarantine.jsonl  bad_batches.jsonl
                         checkpoints/  best/  report.html  result.json
 
 ``metrics.jsonl`` is the truth about a run; everything else that shows figures is derived from it.
@@ -16,7 +16,7 @@ import dataclasses
 import os
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from enum import Enum
 from importlib import metadata
@@ -32,11 +32,12 @@ CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 QUARANTINE = "quarantine.jsonl"
+BAD_BATCHES = "bad_batches.jsonl"
 RESULT = "result.json"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
-RUN_ENTRIES = (CONFIG, METRICS, EVENTS, QUARANTINE, RESULT, REPORT, CHECKPOINTS, BEST)
+RUN_ENTRIES = (CONFIG, METRICS, EVENTS, QUARANTINE, BAD_BATCHES, RESULT, REPORT, CHECKPOINTS, BEST)
 
 _JSON_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
@@ -159,6 +160,10 @@ class RunDirectory:
         """Append one dropped data record to quarantine.jsonl; ``reason`` is the key reports count by."""
         _append_line(self.path / QUARANTINE, record)
 
+    def append_bad_batch(self, batch: Mapping[str, Any]) -> None:
+        """Append one batch to bad_batches.jsonl: step, epoch, sample ids, and what was bad about it."""
+        _append_line(self.path / BAD_BATCHES, batch)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl in the order written; an unfinished last line is left out."""
         return _read_lines(self.path / METRICS)
@@ -171,25 +176,57 @@ class RunDirectory:
         """All dropped data records in the order written; an unfinished last line is left out."""
         return _read_lines(self.path / QUARANTINE)
 
-    def truncate_metrics(self, step: int, epoch: int | None = None) -> int:
+    def read_bad_batches(self) -> list[dict[str, Any]]:
+        """All batches with bad numbers in the order written; an unfinished last line is left out."""
+        return _read_lines(self.path / BAD_BATCHES)
+
+    def truncate_metrics(
+        self,
+        step: int,
+        epoch: int | None = None,
+        *,
+        logged: int | None = None,
+        validated: int | None = None,
+    ) -> int:
         """Drop the rows past a step, so that a resumed run does not report those steps twice.
 
         Args:
             step: the optimizer step of the checkpoint that is resumed; rows of that step stay.
             epoch: the epoch in progress there: rows that report its end go, since it ends once more.
+            logged: the last step logged there, if not ``step``: later logs go.
+            validated: the same for validations.
 
         Returns:
-            How many rows were dropped.
+            How many rows of metrics.jsonl were dropped.
         """
-        rows = self.read_metrics()
-        ended = [row.get("kind") == "epoch" and epoch is not None and row["epoch"] >= epoch for row in rows]
-        kept = [
-            row
-            for row, again in zip(rows, ended, strict=True)
-            if not again and (not isinstance(row.get("step"), int) or row["step"] <= step)
-        ]
+        last = {
+            "train": step if logged is None else logged,
+            "validation": step if validated is None else validated,
+        }
+
+        def stays(row: Mapping[str, Any]) -> bool:
+            if row.get("kind") == "epoch" and epoch is not None and row["epoch"] >= epoch:
+                return False
+            return not isinstance(row.get("step"), int) or row["step"] <= last.get(str(row.get("kind")), step)
+
+        return self._keep(METRICS, stays)
+
+    def truncate_bad_batches(self, step: int, rollbacks: int) -> None:
+        """Drop the bad batches that a resumed run finds again.
+
+        Args:
+            step: the last step logged in the checkpoint that is resumed.
+            rollbacks: how often the run had gone back to a checkpoint by then; what it found before that
+                stays, whatever the step.
+        """
+        self._keep(BAD_BATCHES, lambda row: (row["rollbacks"], row["step"]) <= (rollbacks, step))
+
+    def _keep(self, name: str, stays: Callable[[Mapping[str, Any]], bool]) -> int:
+        """Rewrite a file without the rows that do not stay; returns how many those were."""
+        rows = _read_lines(self.path / name)
+        kept = [row for row in rows if stays(row)]
         if len(kept) < len(rows):
-            write_atomic(self.path / METRICS, b"".join(_line(row) for row in kept))
+            write_atomic(self.path / name, b"".join(_line(row) for row in kept))
         return len(rows) - len(kept)
 
     def write_config(self, config: Mapping[str, Any]) -> None:

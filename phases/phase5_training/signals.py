@@ -9,6 +9,35 @@ from types import FrameType
 from typing import Any
 
 
+class StopFlag:
+    """Whether the run is to save and stop, for the parts that look at it.
+
+    Example:
+        >>> flag = StopFlag()
+        >>> flag.look()
+        >>> flag.asked = True
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def look(self) -> None:
+        """Leave what is being done, if the run is to stop.
+
+        Raises:
+            StopAsked: it is.
+        """
+        if self.asked:
+            raise StopAsked
+
+
+class StopAsked(BaseException):
+    """The run is to save and stop; raised where a step, a validation or a wait for data is cut short.
+
+    No Exception: what reads the data may handle those.
+    """
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C came during a run, which has been saved; ``result`` is what it gave until then."""
 

@@ -5,10 +5,12 @@ to kill costs a fraction of a second and not the seconds that importing takes. T
 command line, its output goes to a file, and its exit status is the real one.
 """
 
+import collections
 import contextlib
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -129,23 +131,29 @@ def _live(job: dict[str, Any]) -> None:
 def _arrange(fault: dict[str, Any]) -> None:
     """Prepare what shall go wrong.
 
-    - ``kill_at``: SIGKILL at this change of a file in the run's folder, counted from 1; ``points``: a
-      file that lists them instead. Of writes of a checkpoint's files, the first half is done.
+    - ``kill_at``: [name, n]: SIGKILL at the nth change of that name to a file in ``folder``; ``points``: a
+      file that lists them instead. Of writes of a checkpoint's files, the first half is done. Checkpoints
+      are written beside the steps, so only changes of one name have an order.
     - ``limit``: no file may be larger than so many bytes.
-    - ``at``: at this step, ``raise`` an error in the model, make the loss ``nan``, or get ``signals``.
+    - ``at``: from this step on, ``raise`` an error in the model, make the loss ``nan`` (``once``: at this
+      step only), or have no memory for more than ``memory`` samples; at it, get ``signals``, ``within`` the
+      validation after it or after its first micro-batch. At step ``end`` comes a SIGTERM.
+    - ``worker``: a data worker dies (``die``) or hangs (``hang``) at its third batch.
     """
     if "kill_at" in fault or "points" in fault:
-        _die_at(fault["folder"], fault.get("kill_at", 0), fault.get("points"))
+        _die_at(fault["folder"], fault.get("kill_at"), fault.get("points"))
     if "limit" in fault:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
     if "at" in fault:
         _break_step(fault)
+    if "worker" in fault:
+        _break_workers(fault["worker"])
 
 
-def _die_at(folder: str, number: int, listing: str | None) -> None:
+def _die_at(folder: str, moment: tuple[str, int] | None, listing: str | None) -> None:
     import phase4_bitnet.durable_folder as durable
 
-    count = 0
+    counts: collections.Counter[str] = collections.Counter()
     names = os.open(listing, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if listing else None
 
     def inside(path: Any, directory: int = -1) -> str | None:
@@ -156,11 +164,11 @@ def _die_at(folder: str, number: int, listing: str | None) -> None:
         return os.path.relpath(whole, folder) if f"{whole}/".startswith(f"{folder}/") else None
 
     def arrived(what: str) -> bool:
-        nonlocal count
-        count += 1
+        what = re.sub(r"\.\d+\.", ".PID.", what)
+        counts[what] += 1
         if names is not None:
             os.write(names, f"{what}\n".encode())
-        return count == number
+        return moment is not None and [what, counts[what]] == [*moment]
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event not in _CHANGES or (event == "os.mkdir" and os.path.isdir(arguments[0])):
@@ -196,22 +204,76 @@ def _die_at(folder: str, number: int, listing: str | None) -> None:
 
 
 def _break_step(fault: dict[str, Any]) -> None:
+    from phase5_training.meter import Meter
     from phase5_training.pipeline.training_loop import TrainingLoop
+    from phase5_training.pipeline.validation import RealTimeValidator
 
     step: Callable[..., None] = TrainingLoop._step
+    left = list(fault.get("signals", ()))
+    reached = False
+
+    def send() -> None:
+        while left:
+            os.kill(os.getpid(), left.pop(0))
 
     def broken(loop: TrainingLoop, batch: Any) -> None:
+        nonlocal reached
         if loop.state.step + 1 >= fault["at"]:
             if fault.get("raise"):
                 raise RuntimeError(fault["raise"])
-            if fault.get("nan"):
+            if fault.get("nan") and not (reached and fault["nan"] == "once"):
                 batch = {**batch, "input": batch["input"] * float("nan")}
-            if loop.state.step + 1 == fault["at"]:
-                for number in fault.get("signals", ()):
-                    os.kill(os.getpid(), number)
+            if fault.get("memory") and not reached:
+                loop._gradient.model = _with_memory_for(fault["memory"], loop._gradient.model)
+            reached = True
+            if "within" not in fault:
+                send()
+        if loop.state.step + 1 == fault.get("end"):
+            os.kill(os.getpid(), signal.SIGTERM)
         step(loop, batch)
 
     TrainingLoop._step = broken  # type: ignore[method-assign]
+    within = {"validation": (RealTimeValidator, "_add"), "accumulation": (Meter, "count_correct")}
+    if "within" in fault:
+        owner, name = within[fault["within"]]
+        method = getattr(owner, name)
+
+        def interrupted(*arguments: Any) -> Any:
+            if reached:
+                send()
+            return method(*arguments)
+
+        setattr(owner, name, interrupted)
+
+
+def _with_memory_for(samples: int, model: Callable[..., Any]) -> Callable[..., Any]:
+    def run(inputs: Any) -> Any:
+        if len(inputs) > samples:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return model(inputs)
+
+    return run
+
+
+def _break_workers(how: str) -> None:
+    from torch.utils.data import get_worker_info
+
+    from phase5_training.pipeline.data_loader import _Prepared
+
+    batch: Callable[..., Any] = _Prepared.batch
+    calls = 0
+
+    def broken(prepared: Any, indices: Any) -> Any:
+        nonlocal calls
+        if get_worker_info() is not None:
+            calls += 1
+            if calls == 3 and how == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if calls == 3:
+                time.sleep(3600)
+        return batch(prepared, indices)
+
+    _Prepared.batch = broken  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ INTERVAL, STEPS = 5, 24
 NOT_REPEATABLE = re.compile(r".*(seconds|_s|per_s|time|memory_mb|wait).*")
 OPTIONS = [
     *("--model", "mlp", "--model-options", "hidden=[16,16]", "--quantization-mode", "stochastic"),
-    *("--epochs", "4", "--batch-size", "16", "--learning-rate", "0.01", "--eval-interval", "7"),
+    *("--epochs", "4", "--batch-size", "16", "--micro-batch-size", "8", "--learning-rate", "0.01"),
+    *("--eval-interval", "7"),
     *("--log-interval", "1", "--checkpoint-interval", str(INTERVAL), "--auto-resume"),
     *("--no-use-amp", "--no-compile", "--device", "cpu", "--progress", "quiet"),
 ]
@@ -82,23 +83,29 @@ class Trials:
         """The folder of a run."""
         return self.folder / disk / name
 
-    def train(self, name: str, disk: str = "runs", **how: Any) -> tuple[int, str]:
-        """Start a run, or go on with it."""
+    def train(
+        self, name: str, disk: str = "runs", options: Sequence[str] = (), **how: Any
+    ) -> tuple[int, str]:
+        """Start a run, or go on with it; later options win."""
         data = ["--train-data-path", str(self.folder / "train.npz")]
         data += ["--val-data-path", str(self.folder / "val.npz")]
         place = ["--output-dir", str(self.folder / disk), "--experiment-name", name]
-        return self.nursery.run(["train", *data, *place, *OPTIONS], **how)
+        return self.nursery.run(["train", *data, *place, *OPTIONS, *options], **how)
 
-    def points(self) -> dict[int, str]:
-        """The changes of files that a run makes; of a row of equal ones, the first and the last."""
+    def points(self) -> list[tuple[str, int]]:
+        """The changes of files that a run makes, each with its number among those of its name.
+
+        Of more than two of a name, the first and the last.
+        """
         listing = self.folder / "points.txt"
         code, said = self.train("points", fault={"folder": str(self.run("points")), "points": str(listing)})
         assert code == 0, said
-        lines = ["", *listing.read_text().splitlines(), ""]
-        inner = range(1, len(lines) - 1)
-        return {n: lines[n] for n in inner if not lines[n - 1] == lines[n] == lines[n + 1]}
+        counts = collections.Counter(listing.read_text().splitlines())
+        return [(name, n) for name, count in counts.items() for n in sorted({1, count})]
 
-    def killed(self, case: str, *, kill_at: int = 0, after: float | None = None) -> bool:
+    def killed(
+        self, case: str, *, kill_at: tuple[str, int] | None = None, after: float | None = None
+    ) -> bool:
         """Kill a run, once, and let it come to its end; returns whether the kill came before the end."""
         run = self.run("killed")
         shutil.rmtree(run, ignore_errors=True)
@@ -118,18 +125,37 @@ class Trials:
             self.train("killed", kill_after=generator.uniform(0.3, 1.0) * self.seconds)
         self.ends(case, run, None)
 
-    def ends(self, case: str, run: Path, steps: int | None, disk: str = "runs") -> None:
-        """Go on with a run, and note how it ended and how many steps it took twice."""
+    def ends(
+        self,
+        case: str,
+        run: Path,
+        steps: int | None,
+        disk: str = "runs",
+        *,
+        like: dict[str, str] | None = None,
+        **how: Any,
+    ) -> None:
+        """Go on with a run, and note how it ended and how many steps it took twice.
+
+        Args:
+            case: the row.
+            run: its folder.
+            steps: it had taken before; None if that is not known.
+            disk: the folder of the run's folder.
+            like: what it has to leave, if not what the uninterrupted run left.
+            how: it is gone on with.
+        """
+        whole = like or self.whole
         row = self.rows.setdefault(case, Row(case))
         row.tried += 1
-        code, said = self.train(run.name, disk)
+        code, said = self.train(run.name, disk, **how)
         if code != 0:
             row.outcomes[f"exit {code}: {' '.join(said.split())[-300:]}"] += 1
             return
         if steps is not None:
             row.lost = max(row.lost, steps - resumed_at(run))
         found = left_by(run)
-        differ = sorted(k for k in self.whole.keys() | found.keys() if self.whole.get(k) != found.get(k))
+        differ = sorted(k for k in whole.keys() | found.keys() if whole.get(k) != found.get(k))
         row.outcomes[f"differ: {', '.join(differ)}" if differ else "as uninterrupted"] += 1
 
     def table(self) -> str:
@@ -148,9 +174,10 @@ def left_by(run: Path) -> dict[str, str]:
     newest = max(p for p in left if p.startswith("checkpoints/step-") and p.endswith("tensors.safetensors"))
     for name in (newest, "best/weights.safetensors"):
         left[name] = hashlib.sha256((run / name).read_bytes()).hexdigest()
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(run / "metrics.jsonl")
     kept = [{k: v for k, v in row.items() if not NOT_REPEATABLE.fullmatch(k)} for row in rows]
     left["metrics.jsonl"] = json.dumps(kept)
+    left["bad_batches.jsonl"] = json.dumps([*rows_of(run / "bad_batches.jsonl")])
     return left
 
 
@@ -174,8 +201,8 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def phase(point: str) -> str:
-    """The case that a change of a file belongs to, without step and process numbers."""
-    words = re.sub(r"step-\d+", "step-N", re.sub(r"\.\d+\.", ".PID.", point))
+    """The case that a change of a file belongs to, without the number of the step."""
+    words = re.sub(r"step-\d+", "step-N", point)
     if "checkpoints" in words or "best" in words:
         return words
     return "records: " + words.split()[0]
@@ -200,7 +227,7 @@ def damaged(trials: Trials, how: str, name: str) -> None:
     """Damage a file of the newest checkpoint of a stopped run: it must go on from the one before."""
     run = trials.run("damaged")
     shutil.rmtree(run, ignore_errors=True)
-    code, said = trials.train("damaged", fault={"at": 13, "signals": [signal.SIGTERM]})
+    code, said = trials.train("damaged", fault={"at": 14, "signals": [signal.SIGTERM]})
     assert code == 143, said
     newest = max((run / "checkpoints").iterdir())
     DAMAGE[how](newest / name)
@@ -209,7 +236,7 @@ def damaged(trials: Trials, how: str, name: str) -> None:
     row.tried += 1
     row.lost = max(row.lost, taken_before(newest) - resumed_at(run))
     aside = newest.with_name(f"damaged-{newest.name}")
-    if code or "resumed from step-00000010 instead" not in said or not aside.is_dir():
+    if code or "resumed from step-00000012 instead" not in said or not aside.is_dir():
         row.outcomes[f"exit {code}: {said[-300:]}"] += 1
         return
     shutil.rmtree(aside)
@@ -241,7 +268,7 @@ def read_only(trials: Trials) -> None:
     """Go on where nothing can be written, which must change nothing, and then where it can."""
     with small_disk(trials.folder / "locked", 2**26) as remount:
         run = trials.run("locked", "locked")
-        code, said = trials.train("locked", "locked", fault={"at": 13, "signals": [signal.SIGTERM]})
+        code, said = trials.train("locked", "locked", fault={"at": 14, "signals": [signal.SIGTERM]})
         assert code == 143, said
         before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
         remount("ro")
@@ -260,6 +287,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="kills at random times")
     parser.add_argument("--seed", type=int, default=0, help="of the random times")
     found = parser.parse_args()
+    from faults.cases import every_case  # which is built on this module
+
     generator = random.Random(found.seed)
     with tempfile.TemporaryDirectory() as folder, Nursery(Path(folder)) as nursery:
         trials = Trials(Path(folder), nursery)
@@ -268,8 +297,8 @@ def main() -> int:
             kills += trials.killed("at a random time", after=generator.uniform(0, trials.seconds))
         for _ in range(max(1, found.kills // 20)):
             trials.killed_often("at random times, five times over", generator, 5)
-        for number, point in trials.points().items():
-            trials.killed(f"before {phase(point)}", kill_at=number)
+        for name, number in trials.points():
+            trials.killed(f"before {phase(name)}", kill_at=(name, number))
         for how in DAMAGE:
             for name in ("tensors.safetensors", "state.json", "manifest.json"):
                 damaged(trials, how, name)
@@ -279,6 +308,7 @@ def main() -> int:
             read_only(trials)
         except PermissionError as error:
             print(f"left out: full disk, read-only folder ({error})")
+        every_case(trials)
         print(trials.table())
         return 0 if all(row.good for row in trials.rows.values()) else 1
 

@@ -14,12 +14,11 @@ from phase5_training.checkpoint import (
     CheckpointStore,
     NotSavedError,
     load_checkpoint,
-    random_state,
     save_checkpoint,
-    set_random_state,
     take_snapshot,
     write_snapshot,
 )
+from phase5_training.random_state import random_state, set_random_state
 
 
 def example_state():

@@ -481,7 +481,7 @@ class TestResume:
         def full(*args):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("phase5_training.checkpoint.CheckpointStore.save", full)
+        monkeypatch.setattr("phase5_training.checkpoint.CheckpointStore._write", full)
 
         async def cancelled():
             task = asyncio.create_task(run.train())

@@ -41,20 +41,22 @@ RealTimeValidator RunFailed TrainingLoop TrainingPipeline TrainingResult UsageEr
 bitnet_classification_loss create_training_pipeline grokfast_distillation_loss
 """
 EVENTS = """
-fit_start epoch_start phase_change step_end log out_of_memory nonfinite_step loss_spike rollback eval_start eval_end early_stop
+fit_start epoch_start phase_change out_of_memory step_end log nonfinite_step loss_spike rollback
+eval_start eval_end early_stop
 checkpoint_saved epoch_end fit_end
 """
 OPTIONS = """
 model model_options train_data_path val_data_path experiment_name output_dir overwrite auto_resume
-task batch_size micro_batch_size num_workers data_timeout cache_size streaming quality_threshold validation_split
-shuffle drop_last max_length tokenizer invalid_records input_kind pad_id
+task batch_size micro_batch_size num_workers data_timeout cache_size streaming quality_threshold
+validation_split shuffle drop_last max_length tokenizer invalid_records input_kind pad_id
 epochs max_steps max_seconds optimizer learning_rate weight_decay loss quantization_penalty
 label_smoothing distillation_temperature distillation_alpha seed deterministic
 use_bitnet weight_bits quantization_mode activation_bits backward float_layers
 use_grokfast grokfast_alpha grokfast_lambda filter grokfast_window grokfast_unit_gain
 grokfast_warmup_steps grokfast_phase_gains grokfast_average schedule warmup_steps acceleration_steps
 consolidation_steps acceleration_multiplier consolidation_multiplier
-use_amp amp_dtype gradient_clipping max_grad_norm nonfinite max_nonfinite loss_spikes spike_threshold device compile memory_budget
+use_amp amp_dtype gradient_clipping max_grad_norm nonfinite max_nonfinite loss_spikes spike_threshold
+device compile memory_budget
 eval_interval early_stopping patience monitor checkpoint_interval keep_checkpoints resume_from
 log_interval progress
 """

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.data_collate import Collator, SampleCache
+from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, watched
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.columns import Columns, concat
@@ -62,6 +63,7 @@ class DataConfig:
         pad_id: token with which to pad lists of token ids of different lengths; None refuses them.
         shuffle_buffer: records shuffled together when streaming.
         memory_limit_mb: larger files are mapped or indexed, not loaded.
+        timeout: seconds to wait for a batch of the worker processes.
 
     Example:
         >>> DataConfig(batch_size=64, validation_split=0.1).batch_size
@@ -85,6 +87,7 @@ class DataConfig:
     pad_id: int | None = None
     shuffle_buffer: int = 4096
     memory_limit_mb: int = 1024
+    timeout: float = 600.0
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -98,6 +101,8 @@ class DataConfig:
                 raise UsageError(f"{name}={value!r} is not a whole number of at least {least}")
         if not 0 <= self.validation_split < 1:
             raise UsageError(f"validation_split={self.validation_split} is not in [0, 1); 0.1 keeps a tenth")
+        if not self.timeout > 0:
+            raise UsageError(f"timeout={self.timeout} is not above 0; 600 waits ten minutes for a batch")
         if not math.isfinite(self.quality_threshold):
             raise UsageError(f"quality_threshold={self.quality_threshold} is not a finite number")
         for name, known in (
@@ -130,6 +135,7 @@ class _Prepared:
         self.spec = self.scan.spec
         self.source = source
         self.collator = Collator(self.spec, tokenizer)
+        self.board: WorkerBoard | None = None
         self._encoded: ArraySource | None = None
         self._cache: SampleCache | None = None
         if source.access == "memory" and self.spec.tokenizer is not None:
@@ -169,9 +175,13 @@ class _Prepared:
 
     def __getitems__(self, indices: np.ndarray) -> tuple[dict[str, Any], int, int]:
         """A batch, and what it added to the cache's counters; called in worker processes."""
+        if self.board is not None:
+            self.board.begin(indices)
         hits, lookups = self.counters()
         batch = self.batch(indices)
         after = self.counters()
+        if self.board is not None:
+            self.board.end()
         return batch, after[0] - hits, after[1] - lookups
 
 
@@ -204,7 +214,10 @@ class ForgeDataLoader:
         self._position = (0, 0)
         self._hits = self._lookups = 0
         self._workers: DataLoader | None = None
+        self._board: WorkerBoard | None = None
         self._pending = _Pending()
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called now and then while a batch of the workers is awaited; may raise to leave."""
 
     def __len__(self) -> int:
         return self._batches
@@ -244,6 +257,7 @@ class ForgeDataLoader:
 
     def _from_workers(self, order: Iterator[np.ndarray]) -> Iterator[Any]:
         if self._workers is None:
+            self._board = self._prepared.board = WorkerBoard(self.config.num_workers, self.config.batch_size)
             # A generator of our own: torch would draw the workers' seed from the global one, and
             # dropout would then differ between runs with and without workers.
             generator = torch.Generator()
@@ -255,11 +269,26 @@ class ForgeDataLoader:
                 collate_fn=_as_is,
                 persistent_workers=True,
                 worker_init_fn=_prepare_worker,
+                timeout=POLL_SECONDS,
                 generator=generator,
             )
             atexit.register(_let_go, weakref.ref(self._workers))
         self._pending.batches = order
-        return iter(self._workers)
+        return self._watched(start(self._workers))
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        assert self._board is not None
+        try:
+            yield from watched(
+                batches,
+                self._board,
+                timeout=self.config.timeout,
+                locate=self._prepared.source.locate,
+                while_waiting=lambda: self.while_waiting(),
+            )
+        except DataError:
+            self._workers = None  # they are not all there any more; the next epoch starts new ones
+            raise
 
     def description(self) -> dict[str, Any]:
         """What a run's record says about its data: format, counts, shapes, dropped records, cache."""

@@ -6,61 +6,37 @@ Nothing in a step waits for the device: losses are summed there and read at log 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from phase5_training.batches import count_samples, micro_batches_of, to_device
-from phase5_training.checkpoint import random_state, set_random_state
+from phase5_training.bad_batches import BatchWatch, Trouble, judge
+from phase5_training.batches import count_samples
 from phase5_training.errors import RunFailed, UsageError
 from phase5_training.events import CallbackRegistry, Event
+from phase5_training.feed import Feed, length, no_batch
+from phase5_training.gradients import BatchGradient
+from phase5_training.loop_config import LoopConfig
 from phase5_training.loop_state import LoopState
 from phase5_training.meter import Meter, memory_mb, number
+from phase5_training.modes import training_modes
 from phase5_training.outputs import PlainLoss
 from phase5_training.protocols import Batch, Optimizes, Saves, Schedules, StopsEarly, Validates
+from phase5_training.random_state import random_state, set_random_state
+from phase5_training.saving import Saved, Saver
+from phase5_training.signals import StopAsked, StopFlag
+
+ROLLBACK_FACTOR = 0.5  # on the rate, at each return to a checkpoint
+MAX_ROLLBACKS = 3
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """Lengths and intervals of a run; steps are optimizer steps.
-
-    Args:
-        epochs: passes over the training data.
-        max_steps: stop after this many steps, whatever the epochs; None for no limit.
-        max_seconds: stop at the first step boundary after this much training time; None for no limit.
-        micro_batch_size: samples per forward; None takes the batch whole. The gradient is that of
-            the whole batch either way.
-        eval_interval: validate every so many steps, and at the end.
-        log_interval: read the figures off the device every so many steps.
-        checkpoint_interval: save every so many steps, and at the end; None saves at the end only.
-        use_amp: autocast the forward to ``amp_dtype``.
-        amp_dtype: bfloat16 or float16.
-        max_nonfinite: fail after this many skipped steps in a row, as seen at the log intervals.
-    """
-
-    epochs: int = 1
-    max_steps: int | None = None
-    max_seconds: float | None = None
-    micro_batch_size: int | None = None
-    eval_interval: int = 500
-    log_interval: int = 10
-    checkpoint_interval: int | None = None
-    use_amp: bool = False
-    amp_dtype: torch.dtype = torch.bfloat16
-    max_nonfinite: int = 50
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "eval_interval", "log_interval", "max_nonfinite"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("max_steps", "max_seconds", "micro_batch_size", "checkpoint_interval"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name}={value} must be above 0; leave it out for no limit")
+class _RolledBack(Exception):  # noqa: N818 - not a failure
+    """The state is that of an earlier step; the loop goes on from there."""
 
 
 class TrainingLoop:
@@ -115,14 +91,26 @@ class TrainingLoop:
         self.state = LoopState()
         self.best_weights: dict[str, Tensor] | None = None
         self.best_loss_state: dict[str, Tensor] = {}
-        self._stop = False
+        self._flag = StopFlag()
         self._modes: dict[nn.Module, bool] = {}
         self._resumed_random: Mapping[str, Any] | None = None
-        self._epoch_random: Mapping[str, Any] = {}
         self._loss: Any = None
         self._first_loss: Tensor | None = None
         self._started = time.perf_counter()
         self._meter = Meter(self.device)
+        self._feed = Feed(self._flag, self._meter.note_wait)
+        self._watch = BatchWatch(config.spike_threshold, self.device)
+        self._saver = Saver(checkpoints, config.checkpoint_interval)
+        self._gradient = BatchGradient(
+            model,
+            self.device,
+            size=config.micro_batch_size,
+            amp_dtype=config.amp_dtype if config.use_amp else None,
+            scaler=scaler,
+            flag=self._flag,
+            count=self._meter.count_correct,
+            forget=(self._meter.forget, optimizer.zero_grad),
+        )
 
     def train(
         self, train_loader: Any, loss_fn: Callable[..., Tensor], val_loader: Iterable[Batch] | None = None
@@ -131,7 +119,8 @@ class TrainingLoop:
 
         Args:
             train_loader: an iterable of batches; one with ``set_position(epoch, batch)`` is sought on
-                resume and reshuffled each epoch.
+                resume and reshuffled each epoch. One with ``while_waiting`` has it called now and then
+                while a batch is awaited, and lets through what it raises.
             loss_fn: a :class:`Loss`, or ``fn(outputs, targets)`` returning the mean over the samples.
             val_loader: batches to validate on.
 
@@ -140,6 +129,8 @@ class TrainingLoop:
 
         Raises:
             RunFailed: too many steps in a row were not finite, or the data gave no batch.
+            NotSavedError: a checkpoint could not be written; those before it are whole.
+            Exception: what the data raised; the run is saved first.
         """
         self._loss = loss_fn if hasattr(loss_fn, "units") else PlainLoss(loss_fn)
         rule = self.early_stopping
@@ -147,43 +138,23 @@ class TrainingLoop:
             self.state.stop_reason = ""
         self._started = time.perf_counter() - self.state.seconds
         self._meter.resume(self._clock())
-        self.callbacks.fire(
-            Event.FIT_START, self.state.step, {"step": self.state.step, "elapsed_s": self._clock()}
-        )
-        if self._resumed_random is not None:
-            set_random_state(self._resumed_random)
-            self._resumed_random = None
-        self._training_modes()
+        metrics: dict[str, Any] = {"step": self.state.step, "elapsed_s": self._clock()}
+        self.callbacks.fire(Event.FIT_START, self.state.step, metrics)
+        self._modes = training_modes(self.module, self._modes)
         try:
-            self._epochs(train_loader, val_loader)
-            if self.state.stop_reason != "interrupted":
-                # An interrupted run goes on later: its figures must come as if it had not stopped.
-                self._log_if_due(force=True)
-                self._validate(val_loader)
+            self._until_the_end(train_loader, val_loader)
             self.save_checkpoint()
+        except Exception as error:
+            self._save_after(error)
+            raise
         finally:
             # Here and not at the start: a stop that came before the first step counts.
-            self._stop = False
+            self._flag.asked = False
             self.state.seconds = self._clock()
-            self.callbacks.fire(
-                Event.FIT_END,
-                self.state.step,
-                {
-                    "step": self.state.step,
-                    "stop_reason": self.state.stop_reason or "failed",
-                    "elapsed_s": self._clock(),
-                },
-            )
+            reason = self.state.stop_reason or "failed"
+            metrics = {"step": self.state.step, "stop_reason": reason, "elapsed_s": self._clock()}
+            self.callbacks.fire(Event.FIT_END, self.state.step, metrics)
         return self.state
-
-    def _training_modes(self) -> None:
-        """Train mode; parts that the caller put in eval mode, as a frozen BatchNorm, stay in it."""
-        if not self._modes:
-            if not self.module.training:
-                self.module.train()
-            self._modes = {m: m.training for m in self.module.modules()}
-        for module, training in self._modes.items():
-            module.training = training
 
     def validate(self, val_loader: Iterable[Batch], loss_fn: Callable[..., Tensor]) -> dict[str, Any]:
         """The validator's figures of a set; model, early stopping and best weights stay as they are.
@@ -205,8 +176,13 @@ class TrainingLoop:
         return self.validator.run_validation(val_loader, loss_fn)
 
     def stop(self) -> None:
-        """Ask the loop to save and return at the next step boundary; safe from another thread."""
-        self._stop = True
+        """Ask the loop to save and return: after this step, or before it where it can be cut short.
+
+        Safe from another thread and from the handler of a signal. What is cut short - a batch between two
+        micro-batches, a validation, a wait for data - is done again, and the same, when the run goes on.
+        """
+        self._flag.asked = True
+        self._feed.interrupt()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides how the run goes on: weights, optimizer, position, generators."""
@@ -220,9 +196,10 @@ class TrainingLoop:
             "best_weights": self.best_weights,
             "best_loss_state": self.best_loss_state,
             "random": random_state(),
-            "epoch_random": self._epoch_random,
+            "epoch_random": self._feed.epoch_random,
             "loop": self.state.to_save(),
             "meter": self._meter.state_dict(),
+            "watch": self._watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], loss_fn: Any = None) -> None:
@@ -244,18 +221,44 @@ class TrainingLoop:
                 part.load_state_dict(state[key])
         self.best_weights, self.best_loss_state = state["best_weights"], state["best_loss_state"]
         self.state = LoopState(**state["loop"])
-        self._resumed_random, self._epoch_random = state["random"], state["epoch_random"]
+        self._resumed_random, self._feed.epoch_random = state["random"], state["epoch_random"]
         self._meter.load_state_dict(state["meter"])
+        self._watch.load_state_dict(state["watch"])
+        fits = [n for n in (self.config.micro_batch_size, self.state.micro_batch_size) if n is not None]
+        self._gradient.size = min(fits, default=None)
+
+    def _until_the_end(self, train_loader: Any, val_loader: Iterable[Batch] | None) -> None:
+        """All epochs and the last validation, or as much of them as :meth:`stop` leaves."""
+        while True:
+            if self._resumed_random is not None:
+                set_random_state(self._resumed_random)
+                self._resumed_random = None
+            try:
+                self._epochs(train_loader, val_loader)
+                if self.state.stop_reason != "interrupted":
+                    # An interrupted run goes on later: its figures must come as if it had not stopped.
+                    self._log_if_due(last=True)
+                    self._validate(val_loader)
+                return
+            except StopAsked:
+                self.state.stop_reason = "interrupted"
+                set_random_state(self._feed.boundary_random)
+                return
+            except _RolledBack:
+                continue
 
     def _epochs(self, train_loader: Any, val_loader: Iterable[Batch] | None) -> None:
         state, config = self.state, self.config
-        if state.batch and state.batch == _length(train_loader):
+        if state.step and state.step % config.eval_interval == 0:
+            # A stop cut the validation of this step short; one that was made is not made again.
+            self._validate(val_loader)
+        if state.batch and state.batch == length(train_loader):
             # Resumed from a checkpoint of the last batch of an epoch, which comes before the epoch's end.
             self._end_epoch()
         while state.epoch < config.epochs and not self._limit_reached():
             self.callbacks.fire(Event.EPOCH_START, state.epoch, {"epoch": state.epoch})
             steps_before = state.step
-            for batch in self._batches(train_loader):
+            for batch in self._feed.batches(train_loader, state.epoch, state.batch):
                 self._announce_phase()
                 self._step(batch)
                 self._between_steps(val_loader)
@@ -263,56 +266,22 @@ class TrainingLoop:
                     break
             else:
                 if state.batch == 0 and state.step == steps_before:
-                    raise RunFailed(_no_batch(train_loader, state.epoch, config.epochs))
+                    raise RunFailed(no_batch(train_loader, state.epoch, config.epochs))
                 self._end_epoch()
                 continue
-            if state.batch == _length(train_loader):
+            if state.batch == length(train_loader):
                 # The limit fell on the last batch: the epoch is complete.
                 self._end_epoch()
         if not state.stop_reason:
             state.stop_reason = "finished"
 
-    def _batches(self, train_loader: Any) -> Iterator[Batch]:
-        """The rest of this epoch's batches, and how long each was waited for."""
-        used, random = self.state.batch, random_state()
-        if not used:
-            self._epoch_random = random
-        if hasattr(train_loader, "set_position"):
-            seeks = getattr(train_loader, "seeks", True)
-            train_loader.set_position(self.state.epoch, used if seeks else 0)
-            used = 0 if seeks else used
-        if used:
-            # No way to seek: what was used before a resume is drawn again as it was drawn, and dropped.
-            set_random_state(self._epoch_random)
-        batches = iter(train_loader)
-        for _ in range(used):
-            next(batches, None)
-        if used:
-            set_random_state(random)
-        while True:
-            waited = time.perf_counter()
-            batch = next(batches, None)
-            self._meter.wait_seconds += time.perf_counter() - waited
-            if batch is None:
-                return
-            yield batch
-
     def _step(self, batch: Batch) -> None:
         """One optimizer step on one batch, in micro-batches."""
         state, due = self.state, (self.state.step + 1) % self.config.log_interval == 0
-        micro_batches = micro_batches_of(batch, self.config.micro_batch_size)
-        units = [self._loss.units(m) for m in micro_batches]
-        total = sum(units)
-        loss = torch.zeros((), device=self.device)
-        for micro_batch, own in zip(micro_batches, units, strict=True):
-            micro_batch = to_device(micro_batch, self.device)
-            with torch.autocast(self.device.type, self.config.amp_dtype, enabled=self.config.use_amp):
-                outputs = self.model(micro_batch["input"])
-                mean = self._loss(outputs, micro_batch)
-            share = _share(mean, own, total)
-            (self.scaler.scale(share) if self.scaler else share).backward()
-            loss += share.detach()
-            self._meter.count_correct(outputs, micro_batch["target"])
+        size = self._gradient.size
+        loss, counts = self._gradient.add(batch, self._loss)
+        if self._gradient.size != size:
+            self._note_smaller()
         if self.scaler:
             self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         self.optimizer.measure = due
@@ -325,29 +294,41 @@ class TrainingLoop:
             self.scheduler.step()
         if not state.step:
             self._first_loss = loss  # read at the first log: a step does not wait for the device
-        samples = count_samples(batch)
-        self._meter.add(loss, self.optimizer.report.nonfinite, samples, counts=total > 0)
+        samples, skipped = count_samples(batch), self.optimizer.report.nonfinite
+        self._meter.add(loss, skipped, samples, counts=counts)
         state.step, state.batch, state.samples = state.step + 1, state.batch + 1, state.samples + samples
+        index = batch.get("index")
+        self._watch.note(state.step, state.epoch, index if isinstance(index, Tensor) else None, loss, skipped)
         if self.callbacks.wants(Event.STEP_END):
-            self.callbacks.fire(
-                Event.STEP_END,
-                state.step,
-                {"step": state.step, "loss": loss, "grad_norm": self.optimizer.report.grad_norm},
-            )
+            metrics = {"step": state.step, "loss": loss, "grad_norm": self.optimizer.report.grad_norm}
+            self.callbacks.fire(Event.STEP_END, state.step, metrics)
+
+    def _note_smaller(self) -> None:
+        state, size = self.state, self._gradient.size
+        state.micro_batch_size = size
+        warnings.warn(
+            f"out of memory at step {state.step + 1}: micro-batches of {size} samples from here on; the "
+            "batch and its gradient stay the same",
+            stacklevel=2,
+        )
+        metrics = {"step": state.step + 1, "micro_batch_size": size}
+        self.callbacks.fire(Event.OUT_OF_MEMORY, state.step, metrics)
 
     def _between_steps(self, val_loader: Iterable[Batch] | None) -> None:
         config, step = self.config, self.state.step
         self._log_if_due()
         if step % config.eval_interval == 0:
             self._validate(val_loader)
-        if config.checkpoint_interval and step % config.checkpoint_interval == 0:
-            self.save_checkpoint()
+        if self._saver.due(step):
+            self._report_saved(self._saver.settle())
+            self._begin_save()
+        self._report_saved(self._saver.follow(step))
 
     def _limit_reached(self) -> bool:
         state, config = self.state, self.config
         if state.stop_reason == "early_stop":
             return True  # and not interrupted: there is nothing to go on with
-        if self._stop:
+        if self._flag.asked:
             state.stop_reason = "interrupted"
         elif config.max_steps is not None and state.step >= config.max_steps:
             state.stop_reason = state.stop_reason or "max_steps"
@@ -364,18 +345,15 @@ class TrainingLoop:
         self.callbacks.fire(Event.EPOCH_END, state.epoch - 1, metrics)
 
     def _announce_phase(self) -> None:
-        phase = self._current_phase()
+        phase = str(self.scheduler.get_current_phase()) if self.scheduler else "refinement"
         if phase != self.state.phase:
             metrics = {"step": self.state.step, "phase": phase, "previous": self.state.phase}
             self.state.phase = phase
             self.callbacks.fire(Event.PHASE_CHANGE, self.state.step, metrics)
 
-    def _current_phase(self) -> str:
-        return str(self.scheduler.get_current_phase()) if self.scheduler else "refinement"
-
-    def _log_if_due(self, force: bool = False) -> None:
+    def _log_if_due(self, last: bool = False) -> None:
         meter, state = self._meter, self.state
-        if not meter.steps or (state.step % self.config.log_interval and not force):
+        if not meter.steps or (state.step % self.config.log_interval and not last):
             return
         report = self.optimizer.report
         figures = meter.read(self._clock())
@@ -396,19 +374,54 @@ class TrainingLoop:
         if state.first_loss is None and self._first_loss is not None:
             state.first_loss = number(self._first_loss)
         state.note_training(row, skipped, steps)
+        state.logged_step = state.step
         row["nonfinite_steps"] = state.nonfinite
         self.callbacks.fire(Event.LOG, state.step, row)
+        self._report_bad(last)
+
+    def _report_bad(self, last: bool) -> None:
+        """Report the bad batches since the last log, and do what the policies say."""
+        state, bad = self.state, self._watch.look(self.state.rollbacks)
+        skipped, spikes = ([asdict(b) for b in bad if b.kind == kind] for kind in ("nonfinite", "spike"))
         if skipped:
-            self.callbacks.fire(
-                Event.NONFINITE_STEP,
-                state.step,
-                {"step": state.step, "skipped": skipped, "total": state.nonfinite},
-            )
-        if state.nonfinite_in_a_row >= self.config.max_nonfinite:
-            raise RunFailed(
-                f"the last {state.nonfinite_in_a_row} steps up to step {state.step} were skipped: their loss "
-                "or gradient was not finite; lower learning_rate, or check the data for huge values"
-            )
+            counts = {"skipped": len(skipped), "total": state.nonfinite}
+            metrics = {"step": state.step, **counts, "batches": skipped}
+            self.callbacks.fire(Event.NONFINITE_STEP, state.step, metrics)
+        if spikes:
+            metrics = {"step": state.step, "spikes": len(spikes), "batches": spikes}
+            self.callbacks.fire(Event.LOSS_SPIKE, state.step, metrics)
+        trouble = judge(bad, self._watch.in_a_row, state.step, self.config)
+        if trouble is None:
+            return
+        if trouble.roll_back and not last:
+            self._roll_back(trouble)
+        if trouble.fatal:
+            raise RunFailed(f"{trouble.why}; lower learning_rate, or check the data for huge values")
+
+    def _roll_back(self, trouble: Trouble) -> None:
+        """Go on from the last checkpoint before the trouble, at a lower rate.
+
+        Returns only where that cannot be done: it was done too often, or there is no such checkpoint.
+        """
+        state = self.state
+        self._report_saved(self._saver.settle())
+        if self.checkpoints is None or state.rollbacks >= MAX_ROLLBACKS:
+            return
+        found = self.checkpoints.rewind(trouble.first_step)
+        if found is None:
+            return
+        path, saved = found
+        self.load_state_dict(saved, self._loss)
+        self.state.rollbacks = state.rollbacks + 1
+        if state.micro_batch_size is not None:
+            self.state.micro_batch_size = self._gradient.size = state.micro_batch_size
+        for group in self.optimizer.param_groups:
+            group.update({key: group[key] * ROLLBACK_FACTOR for key in ("lr", "initial_lr") if key in group})
+        where = {"step": self.state.step, "epoch": self.state.epoch, "from_step": state.step}
+        where |= {"logged_step": self.state.logged_step, "validated_step": self.state.validated_step}
+        metrics = {**where, "reason": trouble.why, "checkpoint": path.name, "lr_factor": ROLLBACK_FACTOR}
+        self.callbacks.fire(Event.ROLLBACK, self.state.step, metrics)
+        raise _RolledBack
 
     def _validate(self, val_loader: Iterable[Batch] | None) -> None:
         state = self.state
@@ -417,7 +430,7 @@ class TrainingLoop:
         # Validation takes time that is not training throughput.
         self._meter.pause(self._clock())
         self.callbacks.fire(Event.EVAL_START, state.step, {"step": state.step})
-        figures = self.validator.run_validation(val_loader, self._loss)
+        figures = self.validator.run_validation(self._feed.until_stopped(val_loader), self._loss)
         state.note_validation(figures)
         improved, stop = False, False
         if self.early_stopping is not None:
@@ -426,14 +439,8 @@ class TrainingLoop:
                 self.best_weights = _copy(self.module.state_dict())
                 # What a loss learned is part of its figure.
                 self.best_loss_state = _copy(getattr(self._loss, "state_dict", dict)())
-        metrics = {
-            "step": state.step,
-            "epoch": state.epoch,
-            "phase": self.state.phase,
-            "improved": improved,
-            **figures,
-            "elapsed_s": self._clock(),
-        }
+        where = {"step": state.step, "epoch": state.epoch, "phase": state.phase}
+        metrics = {**where, "improved": improved, **figures, "elapsed_s": self._clock()}
         self.callbacks.fire(Event.EVAL_END, state.step, metrics)
         self._meter.resume(self._clock())
         if stop and self.early_stopping is not None and not state.stop_reason:
@@ -443,15 +450,40 @@ class TrainingLoop:
             self.callbacks.fire(Event.EARLY_STOP, state.step, metrics)
 
     def save_checkpoint(self) -> Path | None:
-        """Write a checkpoint of this step, unless it has one."""
-        state = self.state
-        if self.checkpoints is None or state.saved_step == state.step:
+        """Write a checkpoint of this step, unless it has one; returns once it was read back from the disk.
+
+        Raises:
+            NotSavedError: it cannot be written; those before it are whole.
+        """
+        self._report_saved(self._saver.settle())
+        if self.checkpoints is None or self.state.saved_step == self.state.step:
             return None
-        state.seconds, state.saved_step = self._clock(), state.step
+        self._begin_save()
+        return self._report_saved(self._saver.settle())
+
+    def _save_after(self, error: Exception) -> None:
+        """Finish the write in progress; where the data failed, between two steps, save these too."""
+        try:
+            if self._feed.failed:
+                set_random_state(self._feed.boundary_random)
+                self.save_checkpoint()
+            self._report_saved(self._saver.settle())
+        except Exception as second:
+            error.add_note(f"and: {second}")
+
+    def _begin_save(self) -> None:
+        state = self.state
+        state.seconds = self._clock()
         self._meter.pause(state.seconds)
-        path = self.checkpoints.save(self.state_dict(), state.step)
-        self.callbacks.fire(Event.CHECKPOINT_SAVED, state.step, {"step": state.step, "path": str(path)})
+        self._saver.begin(self.state_dict(), state.step)
         self._meter.resume(self._clock())
+
+    def _report_saved(self, saved: Saved | None) -> Path | None:
+        if saved is None:
+            return None
+        self.state.saved_step, path = saved
+        metrics = {"step": saved[0], "path": str(path)}
+        self.callbacks.fire(Event.CHECKPOINT_SAVED, saved[0], metrics)
         return path
 
     def _clock(self) -> float:
@@ -459,34 +491,5 @@ class TrainingLoop:
         return time.perf_counter() - self._started
 
 
-def _share(mean: Tensor, own: int | Tensor, total: int | Tensor) -> Tensor:
-    """A micro-batch's mean loss times its share of the whole batch's samples or tokens.
-
-    The sum of the gradients is then the gradient of the batch's mean loss however it is cut.
-    """
-    if not isinstance(own, Tensor):
-        return mean if own == total else mean * (own / total)
-    part: Tensor = to_device(own, mean.device)
-    whole: Tensor = to_device(torch.as_tensor(total), mean.device)
-    # Without a valid target there is no mean: what stands in its place, often nan, must not count.
-    return torch.where(part > 0, mean * (part / whole.clamp(min=1)), 0.0)
-
-
-def _no_batch(loader: Any, epoch: int, epochs: int) -> str:
-    if isinstance(loader, Iterator) and epoch:
-        return (
-            f"train_loader is a {type(loader).__name__}, which gives its batches once; it was exhausted "
-            f"after epoch {epoch} of {epochs}: pass a list or a DataLoader, or use epochs={epoch}"
-        )
-    return "the training data gave no batch; check that the data set is not empty"
-
-
 def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in state.items()}
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None
