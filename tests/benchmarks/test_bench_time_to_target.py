@@ -16,11 +16,8 @@ def script(tmp_path, monkeypatch):
     tried = [{"learning_rate": r, "weight_decay": 0.1, "schedule": "constant"} for r in (1e-6, 0.02)]
     monkeypatch.setattr(bench, "grid", lambda recipe, task: tried)
     monkeypatch.setattr("phase5_training.report.write_report", lambda runs, output=None: tmp_path)
-    places = {
-        "tuned": tmp_path / "tuned.jsonl",
-        "record": tmp_path / "r.jsonl",
-        "output-dir": tmp_path / "runs",
-    }
+    names = {"tuned": "tuned.jsonl", "record": "r.jsonl", "output-dir": "runs"}
+    places = {flag: tmp_path / name for flag, name in names.items()}
     flags = [word for name, path in places.items() for word in (f"--{name}", str(path))]
 
     def call(*words):
