@@ -115,6 +115,14 @@ class BatchWatch:
         self._steps = []
         return found
 
+    def suspect(self, step: int) -> int:
+        """The first step that is or may be bad: of those skipped in a row, and of those not looked at yet.
+
+        Args:
+            step: the last one.
+        """
+        return (self._steps[0][0] if self._steps else step + 1) - self.in_a_row
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to find what an uninterrupted one would."""
         steps, pending = self._steps, {}

@@ -248,8 +248,12 @@ class CheckpointStore:
         """
         return self._write(take_snapshot(state, step=step))
 
-    def begin(self, state: Mapping[str, Any], step: int) -> BackgroundTask[Path]:
+    def begin(self, state: Mapping[str, Any], step: int, suspect: int | None = None) -> BackgroundTask[Path]:
         """Copy a state and begin to save it beside what follows, as :meth:`save` does.
+
+        Args:
+            state, step: as there.
+            suspect: the newest checkpoint of fewer steps is kept, whatever its age.
 
         Returns:
             The task; its result is the folder, once it was read back, or the NotSavedError.
@@ -258,9 +262,9 @@ class CheckpointStore:
             TypeError: the state holds what a checkpoint cannot.
         """
         snapshot = take_snapshot(state, step=step)
-        return BackgroundTask(lambda: self._write(snapshot))
+        return BackgroundTask(lambda: self._write(snapshot, suspect))
 
-    def _write(self, snapshot: Snapshot) -> Path:
+    def _write(self, snapshot: Snapshot, suspect: int | None = None) -> Path:
         step, path = snapshot.step, self.path(snapshot.step)
         write_snapshot(path, snapshot)
         try:
@@ -270,13 +274,13 @@ class CheckpointStore:
                 f"the checkpoint of step {step} reads back as something else ({error}); "
                 "the ones before it are whole: check the disk, then resume the run"
             ) from error
-        self._prune()
+        self.prune(suspect)
         return path
 
     def load_newest(
         self, refused: Callable[[str], None] = lambda message: None
     ) -> tuple[Path, dict[str, Any]]:
-        """The newest checkpoint that verifies; also removes what a killed save or pruning left behind.
+        """The newest checkpoint that verifies; also removes what a killed save left behind.
 
         Newer ones are renamed, so that they do not count among the ``keep`` and no good one is pruned
         for them. When none verifies they all stay as they are.
@@ -297,7 +301,6 @@ class CheckpointStore:
                 continue
             for bad, reason in damaged:
                 refused(f"{reason}; renamed to {_put_aside(bad, _DAMAGED).name}")
-            self._prune()
             return path, state
         raise CheckpointError(f"{self.folder} holds no checkpoint that can be read; start the run again")
 
@@ -341,9 +344,13 @@ class CheckpointStore:
             return path, state
         return None
 
-    def _prune(self) -> None:
-        for old in self.paths()[: -self.keep]:
-            remove_folder(old)
+    def prune(self, suspect: int | None = None) -> None:
+        """Remove all but the newest ``keep``, and the newest of fewer than ``suspect`` steps."""
+        paths = self.paths()
+        sound = [p for p in paths if suspect is not None and _step(p) < suspect]
+        for old in paths[: -self.keep]:
+            if old not in sound[-1:]:
+                remove_folder(old)
 
 
 def _is_checkpoint(path: Path) -> bool:

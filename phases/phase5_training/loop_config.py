@@ -63,3 +63,8 @@ class LoopConfig:
                 raise UsageError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(known)}")
         if not self.spike_threshold > 0:
             raise UsageError(f"spike_threshold={self.spike_threshold} must be above 0; 10 is the default")
+
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether bad numbers may send the run back to a checkpoint."""
+        return "rollback" in (self.nonfinite, self.loss_spikes)

@@ -95,8 +95,11 @@ class Task(Protocol):
 class Saves(Protocol):
     """What the loop asks of the checkpoint store; see :class:`CheckpointStore`."""
 
-    def begin(self, state: Mapping[str, Any], step: int) -> Task:
-        """Copy a state and begin to write the checkpoint of ``step``; the task's result is its folder."""
+    def begin(self, state: Mapping[str, Any], step: int, suspect: int | None = None) -> Task:
+        """Copy a state and begin to write the checkpoint of ``step``; the task's result is its folder.
+
+        A checkpoint of fewer than ``suspect`` steps is to be left, to go back to.
+        """
 
     def rewind(self, before: int) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint of fewer steps than ``before``, as the newest from now on."""

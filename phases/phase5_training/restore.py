@@ -41,6 +41,8 @@ def restore(loop: TrainingLoop, loss: Loss, run: RunDirectory, chosen: str | Non
         ) from error
     if chosen is not None:
         refused += store.set_aside(after=path)
+    # What a killed save did not come to.
+    store.prune(loop.suspect())
     notices = []
     for reason in refused:
         what, *_, now = reason.split("; ")

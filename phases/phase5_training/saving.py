@@ -40,11 +40,14 @@ class Saver:
         """Whether a write begins after ``step``."""
         return self._store is not None and bool(self.spacing) and step % self.spacing == 0
 
-    def begin(self, state: Mapping[str, Any], step: int) -> None:
-        """Copy the state and begin to write it; the write before has been settled."""
+    def begin(self, state: Mapping[str, Any], step: int, suspect: int | None = None) -> None:
+        """Copy the state and begin to write it; the write before has been settled.
+
+        The newest checkpoint of fewer than ``suspect`` steps stays.
+        """
         assert self._store is not None
         assert self._writing is None
-        self._writing = (step, self._store.begin(state, step))
+        self._writing = (step, self._store.begin(state, step, suspect))
 
     def follow(self, step: int) -> Saved | None:
         """Between two steps: a write that has ended, or has lasted so long that it is waited for.

@@ -316,7 +316,7 @@ def test_a_hostile_checkpoint_is_refused_and_runs_nothing(tmp_path, case):
     assert not (tmp_path / "broken-in").exists()
 
 
-def test_one_more_than_is_kept_is_pruned_on_loading(tmp_path):
+def test_one_more_than_is_kept_is_pruned_after_loading(tmp_path):
     """A save was killed between the new checkpoint and the pruning of the oldest."""
     store = CheckpointStore(folder=tmp_path)
     for step in (1, 2):
@@ -324,4 +324,14 @@ def test_one_more_than_is_kept_is_pruned_on_loading(tmp_path):
     save_checkpoint(store.path(3), {"v": 3}, step=3)
     (tmp_path / ".step-00000000.77.gone.tmp").mkdir()
     assert store.load_newest()[1] == {"v": 3}
+    store.prune()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002", "step-00000003"]
+
+
+def test_one_to_go_back_to_is_kept(tmp_path):
+    store = CheckpointStore(folder=tmp_path)
+    for step in range(1, 7):
+        store.begin({}, step, suspect=3).result()
+    assert [p.name[-1] for p in store.paths()] == ["2", "5", "6"]
+    store.prune(6)
+    assert [p.name[-1] for p in store.paths()] == ["5", "6"]

@@ -90,7 +90,7 @@ def watched(
                 break
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:  # also of memory shared by one that died
                 dead = [w for w in enumerate(batches._workers) if not w[1].is_alive()]
                 if dead:
                     raise DataError(_death(*dead[0], board, locate)) from error

@@ -471,11 +471,15 @@ class TrainingLoop:
         except Exception as second:
             error.add_note(f"and: {second}")
 
+    def suspect(self) -> int | None:
+        """The step before which the run may yet go back to; None if it never does."""
+        return self._watch.suspect(self.state.step) if self.config.may_roll_back else None
+
     def _begin_save(self) -> None:
         state = self.state
         state.seconds = self._clock()
         self._meter.pause(state.seconds)
-        self._saver.begin(self.state_dict(), state.step)
+        self._saver.begin(self.state_dict(), state.step, self.suspect())
         self._meter.resume(self._clock())
 
     def _report_saved(self, saved: Saved | None) -> Path | None:
