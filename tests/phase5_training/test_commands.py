@@ -8,6 +8,7 @@ import torch
 import yaml
 from torch import nn
 
+from phase5_training.checkpoint import CheckpointError
 from phase5_training.commands import evaluate, open_run, resume, train
 from phase5_training.errors import ForgeError, UsageError
 
@@ -226,6 +227,34 @@ class TestResume:
                 resume(str(first.run_dir), overrides)
         again = resume(str(first.run_dir), {"patience": 4})
         assert again.metrics["steps"] > first.metrics["steps"]
+
+    def test_from_a_checkpoint_that_is_named(self, wine, runs, weights, assert_same):
+        whole = train(None, {**wine, "checkpoint_interval": 6})
+        before, checkpoints = weights(whole.run_dir), whole.run_dir / "checkpoints"
+        with pytest.warns(
+            UserWarning, match="step-00000015 was passed over; resumed from step-00000012 instead"
+        ):
+            again = resume(str(checkpoints / "step-00000012"), {})
+        assert again.metrics["steps"] == 15
+        assert_same(before, weights(again.run_dir))
+        names = sorted(p.name for p in checkpoints.iterdir())
+        assert names == ["step-00000012", "step-00000015", "superseded-step-00000015"]
+        assert json.loads((runs / "run" / "events.jsonl").read_text().splitlines()[-1])["event"] == "fit_end"
+
+    def test_one_that_is_named_and_does_not_verify_is_an_error(self, wine, runs):
+        train(None, {**wine, "checkpoint_interval": 6})
+        newest = runs / "run" / "checkpoints" / "step-00000015"
+        (newest / "state.json").write_bytes(b"{}")
+        with pytest.raises(CheckpointError, match=r"step-00000015/state.json does not match its hash"):
+            resume(str(newest), {})
+        missing = newest.with_name("step-00000099")
+        with pytest.raises(
+            CheckpointError, match=r"is no checkpoint of this run; it has step-00000012, step"
+        ):
+            resume(str(missing), {})
+        assert newest.is_dir()
+        with pytest.raises(UsageError, match="is of no run that experiment_name names"):
+            train(None, {**wine, "experiment_name": "other", "resume_from": str(newest)})
 
     def test_what_cannot_be_resumed(self, wine, pipeline, runs):
         with pytest.raises(UsageError, match="nothing holds no run; give the folder of a run"):
