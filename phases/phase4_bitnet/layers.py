@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from phase4_bitnet.int8_linear import int8_linear, int8_linear_backward, quantize_input
+from phase4_bitnet.int8_linear import int8_linear, int8_linear_backward, int8_pays, quantize_input
 from phase4_bitnet.ternary import QuantizationMode, quantize_weight, requantize_
 
 Backward = Literal["auto", "float32", "bf16", "int8"]
@@ -57,7 +57,8 @@ class _Int8Linear(torch.autograd.Function):
     ) -> Tensor:
         rows, row_scale = quantize_input(x)
         ctx.save_for_backward(rows, row_scale, codes, scale)
-        ctx.x_dtype, ctx.latent_dtype, ctx.how = x.dtype, latent.dtype, backward
+        ctx.x_dtype, ctx.latent_dtype = x.dtype, latent.dtype
+        ctx.how = "int8" if backward == "auto" and int8_pays(x) else backward
         return int8_linear(rows, row_scale, codes, scale, out_dtype)
 
     @staticmethod
@@ -72,7 +73,7 @@ class _Int8Linear(torch.autograd.Function):
                 grad, rows, row_scale, codes, scale, want_input, want_weight
             )
         else:
-            # "auto" follows the dtype the forward produced: bf16 under autocast, else float32.
+            # "auto" that is not int8 follows the dtype of the forward: bf16 under autocast, else float32.
             dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(ctx.how, grad.dtype)
             grad = grad.to(dtype)
             if ctx.needs_input_grad[0]:
@@ -181,8 +182,9 @@ class BitLinear(TernaryWeight, nn.Linear):
             BitNet b1.58 does before each linear. It changes the function: keep it on for training
             from scratch, and expect to fine-tune a converted model.
         activation_bits: 8, or None to leave the input in float (weight-only).
-        backward: arithmetic of the two gradient products: "float32", "bf16", "int8", or "auto",
-            the dtype of the forward's output.
+        backward: arithmetic of the two gradient products: "float32", "bf16", "int8", or "auto":
+            int8 where it is known to pay (:func:`phase4_bitnet.int8_linear.int8_pays`), else the dtype
+            of the forward's output.
 
     Shape:
         input (..., in_features), output (..., out_features); any leading shape, empty too.

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from phase4_bitnet import native
+from phase4_bitnet import BitLinear, native
 from phase4_bitnet.int8_linear import (
+    AUTO_INT8_ROWS,
     GRADIENT_BLOCK,
     GRADIENT_FLOOR,
     int8_linear,
@@ -169,3 +170,18 @@ def test_compiled_without_a_break_to_the_same_codes():
     rows, scale = torch.compile(quantize_input, fullgraph=True)(x)
     assert torch.equal(rows, quantize_rows(x)[0])
     assert torch.equal(scale, quantize_rows(x)[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "like"), [(AUTO_INT8_ROWS, "int8"), (AUTO_INT8_ROWS - 1, "float32")], ids=["many", "few"]
+)
+def test_auto_takes_int8_for_many_rows_where_it_is_native(implementation, rows, like):
+    torch.manual_seed(0)
+    x, found = torch.randn(rows, 8), {}
+    layer = BitLinear(8, 5, bias=False)
+    for how in ("auto", "int8", "float32"):
+        layer.backward, layer.weight.grad = how, None
+        layer(x).square().sum().backward()
+        found[how] = layer.weight.grad
+    assert not torch.equal(found["int8"], found["float32"])
+    assert torch.equal(found["auto"], found[like if implementation == "native" else "float32"])
