@@ -150,7 +150,8 @@ def bench(
             raise UsageError(
                 f"target {target!r} is the figure of a recipe that is not run; add it to --recipes"
             )
-    console = Console(highlight=False)
+    # A file or pipe has no width; folded into 80 columns the table cannot be read.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     known = {**BUILT_IN, **(tuned or {})}
     figures_to_hold = [target for target in targets if not isinstance(target, str)]
     # What another run will have held is not known before it has run.
