@@ -86,13 +86,21 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         (batch, length, heads * head_dim) in the dtype of `qkv`.
 
+    Raises:
+        ValueError: tables of another length or width.
+
     >>> cos, sin = rope_table(5, 4)
     >>> rotary_attention(torch.ones(2, 5, 3, 1, 4), cos, sin).shape
     torch.Size([2, 5, 4])
     """
     batch, length, _, heads, head_dim = qkv.shape
+    if cos.shape != (length, head_dim) or sin.shape != (length, head_dim):
+        raise ValueError(
+            f"the rotary tables have shapes {tuple(cos.shape)} and {tuple(sin.shape)}, the projection has "
+            f"{length} positions of width {head_dim}; take rope_table({length}, {head_dim})"
+        )
     if _use_native(qkv):
-        return _NativeAttention.apply(qkv, cos, sin)
+        return _NativeAttention.apply(qkv, cos.float(), sin.float())
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     out = attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
     return out.transpose(1, 2).reshape(batch, length, heads * head_dim)

@@ -53,6 +53,9 @@ def int8_matmul(a: Tensor, b: Tensor, backend: Backend = "auto") -> Tensor:
         return a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
     if a.is_cuda:
         return _int_mm_padded(a, b)
+    if 1 in a.shape or 1 in b.shape:
+        # The strides of an axis of length one are anything, and torch's CPU kernel believes them.
+        a, b = (t.clone(memory_format=torch.contiguous_format) for t in (a, b))
     return torch._int_mm(a, b)
 
 

@@ -76,11 +76,13 @@ class _Int8Linear(torch.autograd.Function):
             # "auto" that is not int8 follows the dtype of the forward: bf16 under autocast, else float32.
             dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(ctx.how, grad.dtype)
             grad = grad.to(dtype)
-            if ctx.needs_input_grad[0]:
-                # The scale is applied in float32: in bf16 it would be off by up to 0.4% each time.
-                grad_x = (grad @ codes.to(dtype)).float().mul_(scale)
-            if ctx.needs_input_grad[1]:
-                grad_latent = grad.t() @ rows.float().mul_(row_scale).to(dtype)
+            # torch.compile runs backward under the autocast of the forward, which would choose for us.
+            with torch.autocast(grad.device.type, enabled=False):
+                if ctx.needs_input_grad[0]:
+                    # The scale is applied in float32: in bf16 it would be off by up to 0.4% each time.
+                    grad_x = (grad @ codes.to(dtype)).float().mul_(scale)
+                if ctx.needs_input_grad[1]:
+                    grad_latent = grad.t() @ rows.float().mul_(row_scale).to(dtype)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype)
         if grad_latent is not None:
@@ -95,6 +97,7 @@ class TernaryWeight(nn.Module):
     codes: Tensor
     scale: Tensor
     codes_are_current: bool
+    codes_owner: object = None  # the latest of the optimizers that have kept them
 
     def init_codes(self, weight_bits: float, quantization_mode: str) -> None:
         """Register the buffers; called once, after the torch layer has made its weight."""
@@ -159,12 +162,16 @@ class TernaryWeight(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or a pickle has no optimizer that would keep its codes current.
-        return {**self.__dict__, "codes_are_current": False}
+        return {**self.__dict__, "codes_are_current": False, "codes_owner": None}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        scale = self.scale
         module = super()._apply(fn, recurse)
-        # model.half() or .bfloat16() must not touch the scale: it is exact in float32 only.
-        self.scale = self.scale.float()
+        # model.half() or .bfloat16() must not touch the scale, not even to round it and convert it back.
+        if scale.is_meta or self.scale.is_meta:
+            self.scale = self.scale.float()
+        else:
+            self.scale = scale.to(self.scale.device)
         return module
 
 
@@ -223,6 +230,11 @@ class BitLinear(TernaryWeight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (..., in_features)."""
+        if not x.is_floating_point() or x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"BitLinear got {x.dtype} input of shape {tuple(x.shape)}; it takes floating point "
+                f"(..., {self.in_features})"
+            )
         if self.norm:
             x = F.rms_norm(x, (self.in_features,), eps=NORM_EPS)
         if self.activation_bits is None:

@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ class TrainingPipeline:
         self.run_directory: RunDirectory | None = None
         self.notices: list[str] = []
         self.tuning: Tuning | None = None
-        self._trial_of: TrainingPipeline | None = None
+        self._trial_of: Any = None  # the pipeline that this one is a trial of
         self._running = threading.Lock()
         self._stopping = False
         self._result: TrainingResult | None = None
@@ -210,10 +209,7 @@ class TrainingPipeline:
         return self
 
     def tune(self) -> Tuning:
-        """Choose rate, decay, optimizer and filter by short trials, as a run with learning_rate="auto" does.
-
-        Returns:
-            What was found; its ``options`` are options of a run.
+        """Find rate, decay, optimizer and filter by short trials: what learning_rate="auto" begins with.
 
         Raises:
             UsageError: the run is too short for trials, or its optimizer is an object.
@@ -224,7 +220,6 @@ class TrainingPipeline:
         return tune(self.config, planned_steps(self.config, self.train_loader), self._trial)
 
     def _trial(self, config: TrainingConfig) -> "TrainingPipeline":
-        # The given objects stay as they are; the data are this pipeline's, see _open_data.
         model, loss = copy.deepcopy(self._given["model"]), copy.deepcopy(self._given["loss"])
         trial = TrainingPipeline(
             config, model=model, train_data=None, loss=loss, optimizer=config.optimizer, teacher=self._teacher

@@ -15,6 +15,9 @@ from torch.optim import Optimizer
 
 # The key of the average in the optimizer's state of a parameter.
 SLOW = "slow_gradient"
+# Of the moving average: the latest gradients, and how many there were.
+WINDOW = "gradient_window"
+COUNT = "gradient_count"
 _WORD = 0xFFFFFFFF
 
 

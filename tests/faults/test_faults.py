@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from faults import cases
 from faults.nursery import Nursery
-from faults.trials import DAMAGE, Trials, damaged, full_disk, left_by, phase, read_only, taken
+from faults.trials import DAMAGE, Trials, damaged, full_disk, left_by, phase, read_only
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +28,24 @@ def held(trials: Trials) -> Iterator[Trials]:
 
 
 # One moment of each kind; the third save is the first that has an older checkpoint to remove.
+NEW = "checkpoints/.step-00000003.PID.new.tmp"
 MOMENTS = {
-    "the configuration": ("os.rename .config.yaml", 1),
-    "the first checkpoint's tensors": ("write checkpoints/.step-00000005", 1),
-    "the first checkpoint's manifest": ("write checkpoints/.step-00000005", -1),
-    "the first checkpoint's rename": ("os.rename checkpoints/.step-00000005", 1),
+    "the configuration": ("os.rename .config.yaml.PID.tmp", 1),
+    "the first checkpoint's tensors": (f"write {NEW}/tensors.safetensors", 2),
+    "the first checkpoint's manifest": (f"write {NEW}/manifest.json", 1),
+    "the first checkpoint's rename": (f"os.rename {NEW}", 1),
     "its parent's sync": ("fsync checkpoints", 1),
     "a row after it": ("open metrics.jsonl", 6),
-    "the pruning": ("os.rename checkpoints/step-00000005", 1),
-    "the removal": ("os.remove checkpoints/.step-00000005", 2),
-    "the returned model": ("write best", -1),
-    "the result": ("os.rename .result.json", 1),
+    "the pruning": ("os.rename checkpoints/step-00000003", 1),
+    "the removal": ("os.remove checkpoints/.step-00000003.PID.gone.tmp/manifest.json", 1),
+    "the returned model": ("write .best.PID.new.tmp/manifest.json", 1),
+    "the result": ("os.rename .result.json.PID.tmp", 1),
 }
 
 
-@pytest.fixture(scope="module")
-def moments(trials: Trials) -> dict[str, int]:
-    """The number of each moment among all changes of files."""
-    points = trials.points()
-    found = {}
-    for name, (start, which) in MOMENTS.items():
-        start = start.replace("write best", "write .best")
-        numbers = [number for number, point in points.items() if point.startswith(start)]
-        found[name] = numbers[which if which < 0 else which - 1]
-    return found
-
-
 @pytest.mark.parametrize("name", MOMENTS)
-def test_killed_before(held: Trials, moments: dict[str, int], name: str) -> None:
-    assert held.killed(name, kill_at=moments[name])
+def test_killed_before(held: Trials, name: str) -> None:
+    assert held.killed(name, kill_at=MOMENTS[name])
 
 
 def test_killed_at_random_times(held: Trials) -> None:
@@ -93,42 +83,41 @@ def test_a_read_only_folder(held: Trials) -> None:
 
 
 def test_a_quota(held: Trials) -> None:
-    """No file may grow past a size, as under a quota: the checkpoint is not saved, and says so."""
-    code, said = held.train("quota", fault={"limit": 9000})
-    assert (code, said.count("\n")) == (1, 1)
-    assert "the checkpoint of step 5 cannot be written" in said
-    assert not list((held.run("quota") / "checkpoints").iterdir())
-    held.ends("a quota", held.run("quota"), taken(held.run("quota")))
+    cases.quota(held)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_at_once(held: Trials, number: int, code: int) -> None:
-    name = f"signal{code}"
-    found, said = held.train(name, fault={"at": 8, "signals": [number]})
-    assert (found, "interrupted at step 8" in said) == (code, True)
-    assert (held.run(name) / "checkpoints" / "step-00000008").is_dir()
-    held.ends("a signal", held.run(name), 8)
+@pytest.mark.parametrize("within", cases.SIGNALED)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_once(held: Trials, number: int, within: str | None) -> None:
+    cases.signaled(held, number, within)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_leaves_at_once(held: Trials, number: int) -> None:
-    name = f"twice{number}"
-    found, said = held.train(name, fault={"at": 8, "signals": [number, number]})
-    assert found == (130 if number == signal.SIGINT else -signal.SIGTERM), said
-    assert not (held.run(name) / "checkpoints" / "step-00000008").exists()
-    held.ends("two signals", held.run(name), taken(held.run(name)))
+    cases.signaled_twice(held, number)
 
 
-def test_a_model_that_raises(held: Trials) -> None:
+@pytest.mark.parametrize("at", [2, 8])
+def test_a_model_that_raises(held: Trials, at: int) -> None:
     """Before the first checkpoint, and after it; the run can be continued under its name."""
-    for at in (2, 8):
-        name = f"raises{at}"
-        code, said = held.train(name, fault={"at": at, "raise": "a bad day"})
-        assert (code, said.count("\n")) == (1, 1)
-        assert "unexpected RuntimeError: a bad day" in said
-        result = (held.run(name) / "result.json").read_text()
-        assert '"RuntimeError: a bad day"' in result
-        held.ends("a model that raises", held.run(name), taken(held.run(name)))
+    cases.raises(held, at)
+
+
+def test_a_batch_that_is_not_finite(held: Trials) -> None:
+    cases.nonfinite(held)
+
+
+def test_out_of_memory(held: Trials) -> None:
+    cases.out_of_memory(held)
+
+
+@pytest.mark.parametrize("how", ["die", "hang"])
+def test_a_worker_that_fails(held: Trials, how: str) -> None:
+    cases.worker(held, how)
+
+
+def test_hostile_checkpoints(held: Trials) -> None:
+    cases.hostile(held)
 
 
 def test_steps_that_are_not_finite(trials: Trials) -> None:
@@ -147,4 +136,4 @@ def test_the_same_run_is_recognized(trials: Trials) -> None:
     (run / ".a.1.new.tmp").rmdir()
     DAMAGE["flipped"](run / "best" / "weights.safetensors")
     assert left_by(run) != trials.whole
-    assert phase("fsync checkpoints/.step-00000005.77.new.tmp") == "fsync checkpoints/.step-N.PID.new.tmp"
+    assert phase("fsync checkpoints/.step-00000005.PID.new.tmp") == "fsync checkpoints/.step-N.PID.new.tmp"

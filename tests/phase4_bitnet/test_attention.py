@@ -150,6 +150,12 @@ def test_a_bad_number_reaches_those_who_see_it_and_no_others(implementation) -> 
     assert not out[1].isnan().any()
 
 
+def test_tables_of_another_length_are_refused(implementation) -> None:
+    for tables in (rope_table(39, 16), rope_table(41, 16), rope_table(40, 32)):
+        with pytest.raises(ValueError, match=r"take rope_table\(40, 16\)"):
+            rotary_attention(fused(40, 16), *tables)
+
+
 def test_rotary_attention_of_bf16_comes_back_in_bf16(implementation) -> None:
     x = fused(40, 16).bfloat16()
     out = rotary_attention(x, *rope_table(40, 16))

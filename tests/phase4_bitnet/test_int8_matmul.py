@@ -48,6 +48,16 @@ def test_wrong_operands_are_refused():
         int8_matmul(a.new_zeros(1, MAX_INNER + 1), a.new_zeros(MAX_INNER + 1, 1))
 
 
+@pytest.mark.parametrize(
+    ("m", "k", "n"), [(1, 64, 8), (64, 1, 8), (8, 64, 1), (1, 9, 1), (5, 1, 1), (1, 1, 7)]
+)
+def test_axes_of_length_one_may_have_any_stride(m, k, n):
+    a, b = torch.randint(-128, 128, (m, k)).to(torch.int8), torch.randint(-128, 128, (k, n)).to(torch.int8)
+    for left in (a, a.t().contiguous().t(), a.as_strided((m, k), (1, 1)) if 1 in (m, k) else a):
+        for right in (b, b.t().contiguous().t(), b.as_strided((k, n), (1, 1)) if 1 in (k, n) else b):
+            assert torch.equal(int8_matmul(left, right), (left.long() @ right.long()).int())
+
+
 def test_the_longest_sum_does_not_overflow():
     a = torch.full((1, MAX_INNER), -128, dtype=torch.int8)
     assert int8_matmul(a, a.t()).item() == 128 * 128 * MAX_INNER

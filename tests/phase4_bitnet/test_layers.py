@@ -240,3 +240,37 @@ def test_all_layers_of_a_model_are_refreshed_together():
 def test_unknown_options_are_refused_with_the_choices(options):
     with pytest.raises(ValueError, match="use "):
         BitLinear(4, 4, **options)
+
+
+def test_input_that_no_linear_layer_takes_is_refused():
+    layer = BitLinear(4, 2)
+    with pytest.raises(ValueError, match=r"got torch.int64 input of shape \(3, 4\)"):
+        layer(torch.ones(3, 4, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"takes floating point \(\.\.\., 4\)"):
+        layer(torch.ones(3, 5))
+
+
+def test_a_cast_leaves_the_scale_of_an_owned_layer_as_it_is():
+    layer = BitLinear(64, 4)
+    layer.codes_are_current = True
+    scale = layer.scale.clone()
+    assert torch.equal(layer.bfloat16().scale, scale)
+    assert scale.bfloat16().float() != scale, "else the test shows nothing"
+
+
+def test_the_gradient_keeps_its_arithmetic_under_a_compiled_autocast():
+    torch.manual_seed(0)
+    layer, x = BitLinear(64, 32, bias=False, backward="float32"), torch.randn(16, 64, requires_grad=True)
+
+    def loss(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x).float().square().sum()
+
+    want = torch.autograd.grad(loss(x), [x, layer.weight])
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    for a, b in zip(torch.autograd.grad(compiled(x), [x, layer.weight]), want, strict=True):
+        assert torch.equal(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = torch.autograd.grad(loss(x), [x, layer.weight])
+    for a, b in zip(within, want, strict=True):
+        assert torch.equal(a, b)

@@ -419,7 +419,9 @@ bool adamw_step(
     for (const at::Tensor* t : std::initializer_list<const at::Tensor*>{&params[i], &read[i], &firsts[i], &seconds[i]})
       if (!is_plain(*t, size)) return false;
     if (!is_plain(steps[i], 1)) return false;
-    if (!slow.empty() && slow[i].scalar_type() != at::kBFloat16 && !is_plain(slow[i], size)) return false;
+    if (slow.empty()) continue;
+    const bool half = slow[i].scalar_type() == at::kBFloat16 && slow[i].is_contiguous() && slow[i].numel() == size;
+    if (!half && !is_plain(slow[i], size)) return false;
   }
   const Filter filter{
       static_cast<float>(clip),

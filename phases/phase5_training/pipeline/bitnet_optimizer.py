@@ -25,7 +25,7 @@ from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.fused_step import fused_step
 from phase5_training.muon import muon_class
-from phase5_training.slow_average import SLOW, divides_by_second_moment
+from phase5_training.slow_average import COUNT, SLOW, WINDOW, divides_by_second_moment
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
 BETAS = (0.9, 0.98)
@@ -120,14 +120,15 @@ class BitNetOptimizer(Optimizer):
         # On the host the flag of a bad step is read for free; elsewhere reading it would wait.
         self._undo_on_device = any(p.device.type != "cpu" for g in self.param_groups for p in g["params"])
         self.requantize()
+        self._owner = object()
         for layer in self._layers:
-            layer.codes_are_current = True
+            layer.codes_are_current, layer.codes_owner = True, self._owner
         # A wrapper that is dropped without release() must not leave layers waiting for it.
-        weakref.finalize(self, _release, self._layers)
+        weakref.finalize(self, _release, self._layers, self._owner)
 
     def release(self) -> None:
         """Return the task of deriving codes to the layers."""
-        _release(self._layers)
+        _release(self._layers, self._owner)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Give a further group to the last of the wrapped optimizers, as torch does to its own."""
@@ -198,6 +199,10 @@ class BitNetOptimizer(Optimizer):
         params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if not params:
             return result
+        for p in params:
+            # torch's fused kernels read a gradient that was set by hand in the memory order of its parameter.
+            if p.grad is not None and p.grad.layout == torch.strided and p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         norm = _total_norm(grads)
         nonfinite = ~norm.isfinite()
@@ -352,18 +357,21 @@ class BitNetOptimizer(Optimizer):
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
 
 
-def _release(layers: Iterable[TernaryWeight]) -> None:
+def _release(layers: Iterable[TernaryWeight], owner: object) -> None:
+    """Give the codes back, those excepted that another optimizer has taken over since."""
     for layer in layers:
-        layer.codes_are_current = False
+        if layer.codes_owner is owner:
+            layer.codes_are_current, layer.codes_owner = False, None
 
 
 def _restore_averages(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """Give slow averages the type that they were saved in; torch loads all state in that of the parameter."""
+    """Give a filter's state the type that it was saved in; torch loads all state in that of the parameter."""
     indices = (i for g in saved["param_groups"] for i in g["params"])
     for index, p in zip(indices, (p for g in optimizer.param_groups for p in g["params"]), strict=True):
-        average = saved["state"].get(index, {}).get(SLOW)
-        if average is not None and average.dtype != p.dtype:
-            optimizer.state[p][SLOW] = average.to(p.device, copy=True)
+        for name in (SLOW, WINDOW, COUNT):
+            kept = saved["state"].get(index, {}).get(name)
+            if kept is not None and kept.dtype != p.dtype:
+                optimizer.state[p][name] = kept.to(p.device, copy=True)
 
 
 def _total_norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -36,7 +36,9 @@ from phase5_training.events import CallbackRegistry, Event
 from phase5_training.generalization import GeneralizationLag
 from phase5_training.phases import Phase, Schedule
 from phase5_training.slow_average import (
+    COUNT,
     SLOW,
+    WINDOW,
     LinearFilter,
     divides_by_second_moment,
     filter_in_float32_,
@@ -44,8 +46,6 @@ from phase5_training.slow_average import (
 
 FILTERS: tuple[str, ...] = ("auto", "ema", "ma", "high_pass", "ademamix")
 AVERAGE_DTYPES: tuple[str, ...] = ("float32", "bfloat16")
-WINDOW = "gradient_window"
-COUNT = "gradient_count"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ class GradientFilter:
         for p in params:
             assert p.grad is not None
             own = state.get(p, {})
-            if SLOW not in own:
+            if SLOW not in own or (linear is None and WINDOW not in own):
                 own = self._first_state(p.grad)
                 self._new.append((p, own))
             if linear is not None and own[SLOW].dtype != (wanted := linear.dtype(p.grad)):
@@ -264,10 +264,12 @@ class GradientFilter:
                 if id(p) not in moved:
                     continue
                 own = optimizer.state[p]
-                # float() of a step count that an optimizer keeps on the device would wait for it.
-                correction = 1 - group["betas"][1] ** own["step"].to(p.device, p.dtype)
-                root = (own["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])
-                p.addcdiv_(own[SLOW].to(p.dtype), root, value=-float(group["lr"]) * gain)
+                # In float32: 0.999**t is 1 in bf16. And no float() of a step count: that waits for a device.
+                correction = 1 - group["betas"][1] ** own["step"].to(p.device, torch.float32)
+                second = own["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"].float()
+                root = (second / correction).sqrt_().add_(group["eps"])
+                rate = float(group["lr"]) * gain * (1 if group.get("maximize") else -1)
+                p.add_((own[SLOW].float() / root).to(p.dtype), alpha=rate)
 
     def _first_state(self, grad: Tensor) -> dict[str, Tensor]:
         if self.config.filter == "ma":
@@ -277,7 +279,8 @@ class GradientFilter:
                 WINDOW: ring,
                 COUNT: grad.new_zeros((), dtype=torch.float32),
             }
-        return {SLOW: torch.zeros_like(grad) if self.config.filter == "ademamix" else grad.clone()}
+        first = grad.clone(memory_format=torch.contiguous_format)
+        return {SLOW: first.zero_() if self.config.filter == "ademamix" else first}
 
     def _filter_ma_(
         self, grads: Sequence[Tensor], averages: Sequence[dict[str, Tensor]], gain: float

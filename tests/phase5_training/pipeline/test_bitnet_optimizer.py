@@ -348,3 +348,50 @@ def test_the_norm_of_large_gradients_is_right():
     optimizer.step()
     exact = layer.weight.grad.double().norm().item()
     assert optimizer.report.grad_norm.item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_second_optimizer_keeps_the_codes_when_the_first_is_dropped():
+    layer = BitLinear(8, 8)
+    optimizer = BitNetOptimizer(torch.optim.SGD(layer.parameters(), 0.1), layer)
+    optimizer = BitNetOptimizer(torch.optim.SGD(layer.parameters(), 0.1), layer)
+    gc.collect()
+    assert layer.codes_are_current
+    optimizer.release()
+    assert not layer.codes_are_current
+
+
+@pytest.mark.parametrize("average", ["float32", "bfloat16"])
+def test_a_transposed_gradient_is_filtered(average):
+    torch.manual_seed(0)
+    grad, moved = torch.randn(6, 4), []
+    for make in (torch.Tensor.contiguous, lambda g: g.contiguous().t().contiguous().t()):
+        p = nn.Parameter(torch.ones(6, 4))
+        config = GrokfastConfig(average_dtype=average)
+        optimizer = BitNetOptimizer(
+            torch.optim.AdamW([p], fused=True), nn.Identity(), gradient_filter=GradientFilter(config)
+        )
+        for _ in range(3):
+            p.grad = make(grad)
+            optimizer.step()
+        moved.append(p.detach())
+    torch.testing.assert_close(*moved)
+
+
+def test_a_moving_average_of_a_bf16_model_goes_on_counting_after_a_resume():
+    p = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+
+    def make():
+        config = GrokfastConfig(filter="ma", window=3)
+        return BitNetOptimizer(
+            torch.optim.SGD([p], 1e-3), nn.Identity(), gradient_filter=GradientFilter(config)
+        )
+
+    optimizer = make()
+    for _ in range(258):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    again = make()
+    again.load_state_dict(optimizer.state_dict())
+    p.grad = torch.ones_like(p)
+    again.step()
+    assert again.state[p]["gradient_count"].item() == 259

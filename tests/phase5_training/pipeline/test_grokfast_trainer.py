@@ -64,6 +64,37 @@ def test_ademamix_follows_the_published_algorithm(make, hosted):
         np.testing.assert_allclose(layer.weight.detach().numpy(), want, rtol=1e-4, atol=1e-5)
 
 
+def test_ademamix_maximizes_as_its_optimizer_does():
+    moved = []
+    for sign in (1.0, -1.0):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = torch.optim.AdamW([p], lr=0.1, weight_decay=0.0, maximize=sign < 0, amsgrad=True)
+        subject = GradientFilter(GrokfastConfig(filter="ademamix", lambda_reg=5.0))
+        for step, size in enumerate((1.0, 0.1, 0.2)):
+            p.grad = torch.full((3,), sign * size)
+            subject.filter_([p], optimizer.state, step, divides=True)
+            optimizer.step()
+            subject.store_(optimizer.state.__getitem__)
+            subject.add_slow_(optimizer, [p], step)
+        moved.append(p.detach())
+    assert torch.equal(*moved)
+    assert (moved[0] < 1).all()
+
+
+def test_ademamix_of_a_bf16_model_is_finite():
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = BitNetOptimizer(
+        torch.optim.AdamW([p], betas=(0.9, 0.999), weight_decay=0.0, lr=0.125),
+        nn.Identity(),
+        gradient_filter=GradientFilter(GrokfastConfig(filter="ademamix")),
+    )
+    p.grad = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.bfloat16)
+    optimizer.step()
+    assert p.isfinite().all()
+    # AdamW's first step is lr, the slow part lr * 2 * 0.02.
+    np.testing.assert_allclose(p.detach().float().numpy(), [1, 1, 0.87, 0.87], atol=4e-3)
+
+
 def test_ademamix_without_a_second_moment_adds_to_the_gradient():
     series = gradients()
     config = GrokfastConfig(filter="ademamix", alpha=0.9, lambda_reg=2.0)
