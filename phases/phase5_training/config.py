@@ -159,7 +159,7 @@ class TrainingConfig(BaseModel):
     """Gain of the slow average, with auto the greatest; None is 2."""
     filter: Literal["auto", "ema", "ma", "high_pass", "ademamix"] | None = None
     """auto amplifies the slow part while validation lags training, ema and ma always, high_pass the fast
-    part, ademamix the slow part in Adam's numerator; None is auto, or ema where a grokfast figure is named."""
+    part, ademamix the slow part in Adam's numerator; None is auto, or ema where a figure of it is named."""
     grokfast_window: Positive = 100
     """Steps that the moving average of filter=ma is taken over."""
     grokfast_unit_gain: bool = False

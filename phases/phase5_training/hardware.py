@@ -113,10 +113,9 @@ def resolve_compile(
 def compile_model(model: Any, memory_budget: float = 1.0, **options: Any) -> Any:
     """``torch.compile`` that may keep fewer activations for backward.
 
-    The budget is torch's own setting for min-cut recomputation: one for the process, read when a compiled model
-    is first called. On the
-    reference decoder 0.9 drops normalized values and their int8 copies: a quarter of the activations at the
-    same time a step. Recomputed values have the same bits.
+    The budget is torch's own setting for min-cut recomputation: one for the process, read when a compiled
+    model is first called. On the reference decoder 0.9 drops normalized values and their int8 copies: a
+    quarter of the activations at the same time a step. Recomputed values have the same bits.
 
     Args:
         model: a module or function.
