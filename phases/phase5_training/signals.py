@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to save and stop, and what is raised once that is done."""
+"""Ctrl-C, SIGTERM and a lost terminal: requests to save and stop, and what is raised once that is done."""
 
 import asyncio
 import contextlib
@@ -7,6 +7,11 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+# What a terminal or a connection that goes away sends, by the shell and by the system: a second one says
+# nothing new. Windows has none.
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)
+_ENDING = tuple(number for number in (signal.SIGTERM, _HANGUP) if number is not None)
 
 
 class StopFlag:
@@ -49,11 +54,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Terminated(SystemExit):
-    """SIGTERM came during a run, which has been saved; ``result`` is what it gave until then."""
+    """SIGTERM or SIGHUP came during a run, which has been saved; ``result`` is what it gave until then."""
 
-    exit_code = 128 + signal.SIGTERM
-
-    def __init__(self, result: Any) -> None:
+    def __init__(self, result: Any, number: int = signal.SIGTERM) -> None:
+        self.exit_code = 128 + number
         super().__init__(self.exit_code)
         self.result = result
 
@@ -63,7 +67,7 @@ class Terminated(SystemExit):
 
 def stopped_by(number: int, result: Any) -> Interrupted | Terminated:
     """What to raise after the signal ``number``, now that the run is saved."""
-    return Interrupted(result) if number == signal.SIGINT else Terminated(result)
+    return Interrupted(result) if number == signal.SIGINT else Terminated(result, number)
 
 
 def _what_is_saved(result: Any) -> str:
@@ -74,9 +78,11 @@ def _what_is_saved(result: Any) -> str:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """While inside, the first SIGINT or SIGTERM calls ``stop``; a second one acts as it did before.
+    """While inside, the first SIGINT, SIGTERM or SIGHUP calls ``stop``; a second one acts as it did before.
 
-    Does nothing outside the main thread, where Python allows no handlers.
+    But for SIGHUP, which may come twice and is then ignored. One that is ignored already stays so: the
+    program was started to outlive its terminal (nohup). Does nothing outside the main thread, where Python
+    allows no handlers.
 
     Yields:
         A list that receives the number of the signal that came.
@@ -86,14 +92,16 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
         yield received
         return
     before = {
-        number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)
+        number: signal.getsignal(number) or signal.SIG_DFL
+        for number in (signal.SIGINT, *_ENDING)
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) != signal.SIG_IGN
     }
 
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(number)
         stop()
         for own, handler in before.items():
-            signal.signal(own, handler)
+            signal.signal(own, signal.SIG_IGN if own == _HANGUP else handler)
 
     for number in before:
         signal.signal(number, handle)
@@ -106,9 +114,10 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def stop_on_sigterm(stop: Callable[[], None]) -> Iterator[list[int]]:
-    """The same for SIGTERM inside a running event loop, which has its own way with Ctrl-C.
+    """The same for SIGTERM and SIGHUP inside a running event loop, which has its own way with Ctrl-C.
 
-    Does nothing where the loop cannot handle signals, or where something handles SIGTERM already.
+    Leaves alone a signal that something handles already or that is ignored; does nothing where the loop
+    cannot handle signals.
 
     Yields:
         A list that receives the number of the signal that came.
@@ -116,18 +125,26 @@ def stop_on_sigterm(stop: Callable[[], None]) -> Iterator[list[int]]:
     received: list[int] = []
     loop = asyncio.get_running_loop()
 
-    def handle() -> None:
-        received.append(signal.SIGTERM)
-        loop.remove_signal_handler(signal.SIGTERM)
+    installed: list[int] = []
+
+    def remove() -> None:
+        while installed:
+            loop.remove_signal_handler(installed.pop())
+
+    def handle(number: int) -> None:
+        received.append(number)
+        remove()
+        if _HANGUP is not None and _HANGUP in before:
+            loop.add_signal_handler(_HANGUP, lambda: None)
+            installed.append(_HANGUP)
         stop()
 
-    installed = False
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    before = [number for number in _ENDING if signal.getsignal(number) == signal.SIG_DFL]
+    for number in before:
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            loop.add_signal_handler(signal.SIGTERM, handle)
-            installed = True
+            loop.add_signal_handler(number, handle, number)
+            installed.append(number)
     try:
         yield received
     finally:
-        if installed:
-            loop.remove_signal_handler(signal.SIGTERM)
+        remove()

@@ -1,3 +1,4 @@
+import asyncio
 import os
 import signal
 import threading
@@ -5,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from phase5_training.signals import stop_on_signals, stopped_by
+from phase5_training.signals import stop_on_signals, stop_on_sigterm, stopped_by
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -23,6 +24,41 @@ def test_the_first_signal_stops_and_the_second_acts_as_before(number):
         assert (calls, seen) == (["stop"], ["before", "before"])
     finally:
         signal.signal(number, before)
+
+
+def test_a_terminal_that_goes_away_stops_once_and_may_say_so_twice():
+    calls, before = [], signal.getsignal(signal.SIGHUP)
+    with stop_on_signals(lambda: calls.append("stop")) as received:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert (calls, received) == (["stop"], [signal.SIGHUP])
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(lambda: None) as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_an_event_loop_stops_once(number):
+    calls = []
+
+    async def work():
+        with stop_on_sigterm(lambda: calls.append("stop")) as received:
+            for _ in range(1 if number == signal.SIGTERM else 2):
+                os.kill(os.getpid(), number)
+                await asyncio.sleep(0.01)
+            return received
+
+    assert asyncio.run(work()) == [number]
+    assert calls == ["stop"]
+    assert signal.getsignal(number) == signal.SIG_DFL
 
 
 def test_handlers_are_given_back_after_an_error():
@@ -66,7 +102,12 @@ def test_does_nothing_outside_the_main_thread():
 
 
 @pytest.mark.parametrize(
-    ("number", "kind", "code"), [(signal.SIGINT, KeyboardInterrupt, 130), (signal.SIGTERM, SystemExit, 143)]
+    ("number", "kind", "code"),
+    [
+        (signal.SIGINT, KeyboardInterrupt, 130),
+        (signal.SIGTERM, SystemExit, 143),
+        (signal.SIGHUP, SystemExit, 129),
+    ],
 )
 def test_what_is_raised_once_the_run_is_saved(number, kind, code):
     for success, words in (
