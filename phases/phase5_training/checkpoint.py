@@ -302,7 +302,10 @@ class CheckpointStore:
             for bad, reason in damaged:
                 refused(f"{reason}; renamed to {_put_aside(bad, _DAMAGED).name}")
             return path, state
-        raise CheckpointError(f"{self.folder} holds no checkpoint that can be read; start the run again")
+        why = "".join(f"; {reason}" for _, reason in damaged)
+        raise CheckpointError(
+            f"{self.folder} holds no checkpoint that can be read{why}; start the run again with overwrite=True"
+        )
 
     def load(self, path: Path) -> dict[str, Any]:
         """One checkpoint of this run, chosen by hand.

@@ -366,7 +366,7 @@ class TestInterrupt:
         train = ["train", *wine, "--model", "signaled:Model", *FAST, "--experiment-name", "part"]
         assert forge(*train)[0] == 143
         os.remove("runs/part/checkpoints/step-00000003/state.json")
-        refused(forge("resume", "runs/part"), 1, "holds no checkpoint that can be read; start the run again")
+        refused(forge("resume", "runs/part"), 1, "state.json is missing: no whole checkpoint there")
 
     @pytest.mark.parametrize(
         ("number", "code", "workers", "group"),
