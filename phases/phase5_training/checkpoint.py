@@ -304,7 +304,8 @@ class CheckpointStore:
             return path, state
         why = "".join(f"; {reason}" for _, reason in damaged)
         raise CheckpointError(
-            f"{self.folder} holds no checkpoint that can be read{why}; start the run again with overwrite=True"
+            f"{self.folder} holds no checkpoint that can be read{why}; start the run again, "
+            "with overwrite=True"
         )
 
     def load(self, path: Path) -> dict[str, Any]:
