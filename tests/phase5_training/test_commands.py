@@ -264,7 +264,9 @@ class TestResume:
             resume(str(runs / "digit"), {})
         for path in (part / "checkpoints").iterdir():
             (path / "manifest.json").write_text("{}")
-        with pytest.raises(ForgeError, match=r"holds no checkpoint that can be read; .*; start the run again"):
+        with pytest.raises(
+            ForgeError, match=r"holds no checkpoint that can be read; .*; start the run again"
+        ):
             resume(str(part), {})
         for path in (part / "checkpoints").iterdir():
             path.rename(runs / path.name)

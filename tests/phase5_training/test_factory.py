@@ -653,7 +653,9 @@ class TestResume:
         stopped_at(8, pipeline(net(), *task_files(), experiment_name="all", **options)).run()
         for path in (runs / "all" / "checkpoints").iterdir():
             (path / "state.json").unlink()
-        with pytest.raises(ValueError, match=r"holds no checkpoint that can be read; .*; start the run again"):
+        with pytest.raises(
+            ValueError, match=r"holds no checkpoint that can be read; .*; start the run again"
+        ):
             pipeline(net(), *task_files(), experiment_name="all", auto_resume=True, **options).setup()
 
     def test_a_run_killed_before_its_first_checkpoint_starts_over(self, task_files, pipeline, runs):
