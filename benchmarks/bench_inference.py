@@ -14,7 +14,6 @@ turn repeats the call for a few milliseconds; no_grad, random weights. Cases:
 
 import argparse
 import functools
-import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -24,8 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from interleave import CaseError, Worker, circumstances, quartiles, ratio_quartiles, write_rows
-from phase4_bitnet import BitLinear, build_model, native, pack_model, save_compressed_model, ternary_layers
+from interleave import CaseError, Worker, quartiles, ratio_quartiles, timing_circumstances, write_rows
+from phase4_bitnet import BitLinear, build_model, pack_model, save_compressed_model, ternary_layers
 
 CASES = ("float32", "bf16", "training", "packed")
 ROWS = (1, 8, 64, 512)
@@ -180,13 +179,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RECORD)
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
-    load = round(os.getloadavg()[0], 2)  # of others, before this program adds its own
-    common = {
-        "threads": found.threads,
-        "load_at_start": load,
-        "native": native.available(),
-        **circumstances(),
-    }
+    common = timing_circumstances(found.threads)
 
     def keep(rows: list[dict[str, Any]]) -> None:
         write_rows(found.out, [{**row, **common} for row in rows])

@@ -9,7 +9,6 @@ Rows are appended to benchmarks/records/optimizer.jsonl.
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from interleave import circumstances, quartiles, ratio_quartiles, write_rows
-from phase4_bitnet import build_model, native, ternary_layers
+from interleave import quartiles, ratio_quartiles, timing_circumstances, write_rows
+from phase4_bitnet import build_model, ternary_layers
 from phase4_bitnet.convert import hidden_linears
 from phase5_training import BitNetOptimizer, GrokfastConfig
 from phase5_training.pipeline.bitnet_optimizer import build_optimizer
@@ -195,13 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RECORD)
     found = parser.parse_args()
     torch.set_num_threads(found.threads)
-    load = round(os.getloadavg()[0], 2)  # of others, before this program adds its own
-    common = {
-        "threads": found.threads,
-        "load_at_start": load,
-        "native": native.available(),
-        **circumstances(),
-    }
+    common = timing_circumstances(found.threads)
     for width in found.widths:
         for name in [found.only] if found.only else COMPARISONS:
             # A step of Muon on wide matrices takes seconds.

@@ -8,6 +8,7 @@ takes nothing along.
 
 import json
 import multiprocessing
+import os
 import shlex
 import statistics
 import sys
@@ -17,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from phase4_bitnet import native
 from phase5_training.records import machine
 
 PEERS = ("torchao", "transformers")
@@ -106,6 +108,16 @@ def quartiles(values: Sequence[float]) -> list[float]:
 def ratio_quartiles(own: Sequence[float], base: Sequence[float]) -> list[float]:
     """Quartiles of own / base, round by round."""
     return [round(q, 4) for q in quartiles([a / b for a, b in zip(own, base, strict=True)])]
+
+
+def timing_circumstances(threads: int) -> dict[str, Any]:
+    """Facts beside short timings: threads, the load of others before they begin, whether there are kernels."""
+    return {
+        "threads": threads,
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "native": native.available(),
+        **circumstances(),
+    }
 
 
 def circumstances() -> dict[str, Any]:

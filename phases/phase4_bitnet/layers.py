@@ -233,7 +233,7 @@ class BitLinear(TernaryWeight, nn.Linear):
         if not x.is_floating_point() or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"BitLinear got {x.dtype} input of shape {tuple(x.shape)}; it takes floating point "
-                f"(..., {self.in_features})"
+                f"(..., {self.in_features}): convert or reshape the input"
             )
         if self.norm:
             x = F.rms_norm(x, (self.in_features,), eps=NORM_EPS)

@@ -24,6 +24,8 @@
 #include <utility>
 #include <vector>
 
+#include "elements.h"
+
 namespace forge {
 namespace {
 
@@ -62,17 +64,10 @@ template <class Body>
 inline __attribute__((always_inline)) void sweep(int64_t begin, int64_t end, Body body) {
   int64_t at = begin;
   for (; at + 16 <= end; at += 16) body(at, static_cast<Mask>(0xffff));
-  if (at < end) body(at, static_cast<Mask>((1u << (end - at)) - 1));
+  if (at < end) body(at, tail_mask(end - at));
 }
 
-inline __m512 load(const float* from, Mask k) { return _mm512_maskz_loadu_ps(k, from); }
-inline void store(float* to, Mask k, __m512 x) { _mm512_mask_storeu_ps(to, k, x); }
 inline void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
-
-inline __m512 load_bf16(const uint16_t* from, Mask k) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(k, from));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-}
 
 // 32 well mixed bits for each of 16 counters; the function of hash_bits in grokfast_trainer.py.
 inline __m512i hash_bits(__m512i x) {
@@ -84,7 +79,7 @@ inline __m512i hash_bits(__m512i x) {
 }
 
 // Rounds up with a probability equal to the fraction that is cut off.
-inline void store_bf16(uint16_t* to, Mask k, __m512 x, __m512i counter) {
+inline void store_bf16_at_random(c10::BFloat16* to, Mask k, __m512 x, __m512i counter) {
   __m512i noise = _mm512_srli_epi32(hash_bits(counter), 16);
   __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(x), noise), 16);
   _mm256_mask_storeu_epi16(to, k, _mm512_cvtepi32_epi16(bits));
@@ -166,7 +161,7 @@ struct Filter {
 // The slow average of one tensor, float32 or bfloat16; neither where there is no filter.
 struct Average {
   float* full = nullptr;
-  uint16_t* half = nullptr;
+  c10::BFloat16* half = nullptr;
   uint32_t seed = 0;
 };
 
@@ -187,13 +182,13 @@ struct Filtered {
   inline __m512 operator()(__m512 g, const Average& a, int64_t at, Mask k) const {
     g = _mm512_mul_ps(clip, g);
     if constexpr (kept == Kept::none) return g;
-    __m512 slow = kept == Kept::full ? load(a.full + at, k) : load_bf16(a.half + at, k);
+    __m512 slow = kept == Kept::full ? load(k, a.full + at) : load(k, a.half + at);
     slow = _mm512_fmadd_ps(rest, _mm512_sub_ps(g, slow), slow);
     if constexpr (kept == Kept::full) {
-      store(a.full + at, k, slow);
+      store(k, a.full + at, slow);
     } else {
       __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-      store_bf16(a.half + at, k, slow, _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(a.seed + at)), lanes));
+      store_bf16_at_random(a.half + at, k, slow, _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(a.seed + at)), lanes));
     }
     return _mm512_fmadd_ps(of_average, slow, _mm512_mul_ps(of_gradient, g));
   }
@@ -220,16 +215,16 @@ double adamw_block(const AdamW& a, const Filter& f, float* latents, int64_t begi
     prefetch(a.first + at + kAhead);
     prefetch(a.second + at + kAhead);
     filtered.ahead(a.average, at + kAhead);
-    const __m512 g = filtered(load(a.grad + at, k), a.average, at, k);
-    __m512 first = load(a.first + at, k), second = load(a.second + at, k);
+    const __m512 g = filtered(load(k, a.grad + at), a.average, at, k);
+    __m512 first = load(k, a.first + at), second = load(k, a.second + at);
     first = _mm512_fmadd_ps(first_rest, _mm512_sub_ps(g, first), first);
     second = _mm512_fmadd_ps(_mm512_mul_ps(second_rest, g), g, _mm512_mul_ps(beta2, second));
-    store(a.first + at, k, first);
-    store(a.second + at, k, second);
+    store(k, a.first + at, first);
+    store(k, a.second + at, second);
     const __m512 scaled = _mm512_fmadd_ps(_mm512_sqrt_ps(second), correction, eps);
-    __m512 latent = _mm512_mul_ps(keep, load(latents + at, k));
+    __m512 latent = _mm512_mul_ps(keep, load(k, latents + at));
     latent = _mm512_maskz_mov_ps(k, _mm512_fnmadd_ps(rate, _mm512_div_ps(first, scaled), latent));
-    store(latents + at, k, latent);
+    store(k, latents + at, latent);
     coder.take(latent, at, k);
   });
   return coder.total();
@@ -239,7 +234,7 @@ template <Task task>
 double read_block(const float* latents, int64_t begin, int64_t end, Coder<task> coder) {
   sweep(begin, end, [&](int64_t at, Mask k) __attribute__((always_inline)) {
     prefetch(latents + at + 2 * kAhead);
-    coder.take(load(latents + at, k), at, k);
+    coder.take(load(k, latents + at), at, k);
   });
   return coder.total();
 }
@@ -247,7 +242,7 @@ double read_block(const float* latents, int64_t begin, int64_t end, Coder<task> 
 void code_block(const float* latents, const Layer& layer, int64_t begin, int64_t end) {
   sweep(begin, end, [&](int64_t at, Mask k) __attribute__((always_inline)) {
     prefetch(latents + at + 2 * kAhead);
-    const __m512 latent = load(latents + at, k);
+    const __m512 latent = load(k, latents + at);
     write_codes(layer.codes + at, k, latent, _mm512_abs_ps(latent), layer.half, layer.sign_only);
   });
 }
@@ -371,7 +366,7 @@ Average average_of(const at::Tensor& slow, const at::Tensor& like, int64_t seed)
   Average average;
   if (slow.scalar_type() == at::kBFloat16) {
     TORCH_CHECK(slow.is_contiguous(), "forge: a contiguous average is needed");
-    average.half = static_cast<uint16_t*>(slow.data_ptr());
+    average.half = slow.data_ptr<c10::BFloat16>();
   } else {
     average.full = floats(slow);
   }
@@ -465,7 +460,7 @@ void filter_block(float* grad, const Average& average, const Filter& f, int64_t 
   sweep(begin, end, [&](int64_t at, Mask k) __attribute__((always_inline)) {
     prefetch(grad + at + kAhead);
     filtered.ahead(average, at + kAhead);
-    store(grad + at, k, filtered(load(grad + at, k), average, at, k));
+    store(k, grad + at, filtered(load(k, grad + at), average, at, k));
   });
 }
 
@@ -524,7 +519,7 @@ double squares_of_block(const float* from, int64_t size) {
       }
     at = size;
   }
-  sweep(at, size, [&](int64_t i, Mask k) __attribute__((always_inline)) { sum[0].add_square(load(from + i, k)); });
+  sweep(at, size, [&](int64_t i, Mask k) __attribute__((always_inline)) { sum[0].add_square(load(k, from + i)); });
   return (sum[0].total() + sum[1].total()) + (sum[2].total() + sum[3].total());
 }
 

@@ -260,11 +260,10 @@ class BitNetOptimizer(Optimizer):
         if self.max_grad_norm is not None and (self._undo_on_device or factor < 1):
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
         for optimizer in optimizers:
-            members = {id(p) for g in optimizer.param_groups for p in g["params"]}
-            own = [p for p in params if id(p) in members]
-            if self.gradient_filter is None or not own:
+            if self.gradient_filter is None:
                 optimizer.step()
                 continue
+            own = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             divides = divides_by_second_moment(optimizer)
             self.gradient_filter.filter_(own, optimizer.state, self.steps, divides=divides)
             optimizer.step()
