@@ -111,7 +111,7 @@ def ratio_quartiles(own: Sequence[float], base: Sequence[float]) -> list[float]:
 
 
 def timing_circumstances(threads: int) -> dict[str, Any]:
-    """Facts beside short timings: threads, the load of others before they begin, whether there are kernels."""
+    """Facts beside short timings: threads, the load of others before they begin, kernels or none."""
     return {
         "threads": threads,
         "load_at_start": round(os.getloadavg()[0], 2),

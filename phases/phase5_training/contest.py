@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phase5_training.config import load_yaml, parse_config
+from phase5_training.config import TrainingConfig, load_yaml, parse_config
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.recipes import RECIPES, TASKS, BenchTask, Tuned
 from phase5_training.tasks import load_task
 
 Options = dict[str, Any]
 
+_FILTER_OPTIONS = (
+    "use_grokfast", "filter", *(n for n in TrainingConfig.model_fields if n.startswith("grokfast_")),
+)  # fmt: skip
 # What recipes decide, whatever a configuration says.
 _OF_RECIPES = (
-    "use_bitnet", "optimizer", "learning_rate", "weight_decay", "use_grokfast", "grokfast_alpha",
-    "grokfast_lambda", "filter", "backward", "activation_bits",
+    *_FILTER_OPTIONS, "use_bitnet", "optimizer", "learning_rate", "weight_decay", "backward",
+    "activation_bits",
 )  # fmt: skip
 # Of a run that is there to be compared: to its end, with all its evaluations.
 _COMMON: Options = {"early_stopping": False, "overwrite": True, "auto_resume": False, "progress": "quiet"}
@@ -24,7 +27,6 @@ _PHASES = (
     "schedule", "warmup_steps", "acceleration_steps", "consolidation_steps", "acceleration_multiplier",
     "consolidation_multiplier",
 )  # fmt: skip
-_FILTER_OPTIONS = ("use_grokfast", "grokfast_alpha", "grokfast_lambda", "filter")
 
 
 @dataclass(frozen=True, kw_only=True)

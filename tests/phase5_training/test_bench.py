@@ -352,3 +352,15 @@ def test_mistakes_are_one_line(words, said, capsys):
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1
     assert said in err[0]
+
+
+def test_a_configuration_brings_no_figure_of_the_filter(tmp_path):
+    """Recipes say what the filter is; a figure of the user's would change some of them and not others."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "train_data_path: a.npz\nval_data_path: b.npz\nmax_steps: 9\ngrokfast_average: bfloat16\n"
+        "grokfast_unit_gain: true\nfilter: ma\nuse_grokfast: true\n"
+    )
+    options = from_config(str(path)).options
+    assert not [name for name in options if "grokfast" in name or name == "filter"]
+    assert options["max_steps"] == 9
