@@ -6,7 +6,8 @@ from phase5_training.factory import TrainingPipeline, create_training_pipeline
 from phase5_training.loop_config import LoopConfig
 from phase5_training.phases import Phase, PhaseSchedule
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
-from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GrokfastConfig, GrokfastTrainer
 from phase5_training.pipeline.loss_functions import bitnet_classification_loss, grokfast_distillation_loss
 from phase5_training.pipeline.scheduler import GrokfastScheduler, GrokfastSchedulerConfig

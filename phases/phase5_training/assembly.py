@@ -19,7 +19,7 @@ from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, inf
 from phase5_training.modes import eval_mode
 from phase5_training.phases import Schedule, build_schedule
 from phase5_training.pipeline.bitnet_optimizer import check_optimizer_name
-from phase5_training.pipeline.data_loader import DataConfig
+from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
 from phase5_training.random_state import random_state, set_random_state
 

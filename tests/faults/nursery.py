@@ -260,9 +260,9 @@ def _with_memory_for(samples: int, model: Callable[..., Any]) -> Callable[..., A
 def _break_workers(how: str) -> None:
     from torch.utils.data import get_worker_info
 
-    from phase5_training.pipeline.data_loader import _Prepared
+    from phase5_training.pipeline.data_prepared import Prepared
 
-    batch: Callable[..., Any] = _Prepared.batch
+    batch: Callable[..., Any] = Prepared.batch
     calls = 0
 
     def broken(prepared: Any, indices: Any) -> Any:
@@ -275,7 +275,7 @@ def _break_workers(how: str) -> None:
                 time.sleep(3600)
         return batch(prepared, indices)
 
-    _Prepared.batch = broken  # type: ignore[method-assign]
+    Prepared.batch = broken  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

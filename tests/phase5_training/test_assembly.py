@@ -10,7 +10,7 @@ from phase5_training.assembly import data_config, monitor_of
 from phase5_training.config import TrainingConfig
 from phase5_training.errors import DataError, UsageError
 from phase5_training.loss_registry import build_loss
-from phase5_training.pipeline.data_loader import DataConfig
+from phase5_training.pipeline.data_config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("no_report")
 

@@ -8,12 +8,10 @@ run seeks to its place instead of reading its way there, and worker processes ch
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +20,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from phase5_training.errors import DataError, UsageError
-from phase5_training.pipeline.data_collate import Collator, SampleCache
+from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.data_prepared import Prepared
 from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, watched
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
-from phase5_training.pipeline.formats.columns import Columns, concat
 from phase5_training.pipeline.formats.dataset import is_map_style, open_dataset
-from phase5_training.pipeline.formats.order import EpochOrder, split_indices
-from phase5_training.pipeline.formats.scan import Scan, ScanOptions, scan
-from phase5_training.pipeline.formats.source import ArraySource, ReadOptions, Source
+from phase5_training.pipeline.formats.order import BatchPlan, EpochOrder, split_indices
+from phase5_training.pipeline.formats.source import ReadOptions, Source
 from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
 from phase5_training.pipeline.formats.text import make_tokenizer
 
@@ -40,160 +37,19 @@ Quarantine = Callable[[dict[str, Any]], None]
 DEFAULT_BLOCK = 256  # tokens of a training sequence cut from a stream when max_length is not set
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """How data are read and put into batches.
-
-    Args:
-        batch_size: samples per batch.
-        num_workers: processes that prepare batches; 0 prepares them in the training process.
-        cache_size: parsed samples kept in memory, where a sample has to be parsed at each use; 0: none.
-        streaming: never hold a whole file; shuffle within windows of ``shuffle_buffer`` records.
-        quality_threshold: records whose metadata state a lower quality are left out.
-        validation_split: share of the records kept for validation, in [0, 1).
-        seed: fixes the order of every epoch and the split.
-        shuffle: a new order each epoch; False reads in file order. Validation is never shuffled.
-        drop_last: leave out the last batch of an epoch when it is smaller than the others.
-        max_length: tokens a sequence may have; longer ones are cut, and counted.
-        tokenizer: "bytes", or the path of a tokenizer.json.
-        task: "classification", "regression", "next_token", "multi_task", or None to infer it.
-        invalid_records: "fail" stops at the first bad record, "drop" leaves bad records out.
-        input_kind: "tokens" or "features" where whole numbers could be either; "auto" takes lists of
-            whole numbers for tokens.
-        pad_id: token with which to pad lists of token ids of different lengths; None refuses them.
-        shuffle_buffer: records shuffled together when streaming.
-        memory_limit_mb: larger files are mapped or indexed, not loaded.
-        timeout: seconds to wait for a batch of the worker processes.
-
-    Example:
-        >>> DataConfig(batch_size=64, validation_split=0.1).batch_size
-        64
-    """
-
-    batch_size: int = 32
-    num_workers: int = 0
-    cache_size: int = 1000
-    streaming: bool = False
-    quality_threshold: float = 0.0
-    validation_split: float = 0.0
-    seed: int = 0
-    shuffle: bool = True
-    drop_last: bool = False
-    max_length: int | None = None
-    tokenizer: str | Path = "bytes"
-    task: str | None = None
-    invalid_records: Literal["fail", "drop"] = "fail"
-    input_kind: Literal["auto", "features", "tokens"] = "auto"
-    pad_id: int | None = None
-    shuffle_buffer: int = 4096
-    memory_limit_mb: int = 1024
-    timeout: float = 600.0
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("batch_size", 1), ("num_workers", 0), ("cache_size", 0), ("seed", 0), ("max_length", 1),
-            ("pad_id", 0), ("shuffle_buffer", 1), ("memory_limit_mb", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is None and name in ("max_length", "pad_id"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name}={value!r} is not a whole number of at least {least}")
-        if not 0 <= self.validation_split < 1:
-            raise UsageError(f"validation_split={self.validation_split} is not in [0, 1); 0.1 keeps a tenth")
-        if not self.timeout > 0:
-            raise UsageError(f"timeout={self.timeout} is not above 0; 600 waits ten minutes for a batch")
-        if not math.isfinite(self.quality_threshold):
-            raise UsageError(f"quality_threshold={self.quality_threshold} is not a finite number")
-        for name, known in (
-            ("invalid_records", ("fail", "drop")),
-            ("input_kind", ("auto", "features", "tokens")),
-        ):
-            if getattr(self, name) not in known:
-                raise UsageError(
-                    f"{name}={getattr(self, name)!r} is unknown; wanted one of {', '.join(known)}"
-                )
-        normalize_task(self.task)
-
-
-class _Prepared:
-    """Opened and scanned data, from which any batch can be made: ``batch(indices)``.
-
-    This is what a worker process holds; it is also the Dataset that torch's DataLoader sees.
-    """
-
-    def __init__(
-        self, source: Source, config: DataConfig, task: str | None, spec: DataSpec | None, quarantine: Any
-    ) -> None:
-        self.config = config
-        tokenizer = make_tokenizer(config.tokenizer)
-        options = ScanOptions(
-            task=task, quality_threshold=config.quality_threshold, invalid_records=config.invalid_records,
-            input_kind=config.input_kind, pad_id=config.pad_id, max_length=config.max_length,
-        )  # fmt: skip
-        self.scan: Scan = scan(source, tokenizer, options, reference=spec, quarantine=quarantine)
-        self.spec = self.scan.spec
-        self.source = source
-        self.collator = Collator(self.spec, tokenizer)
-        self.board: WorkerBoard | None = None
-        self._encoded: ArraySource | None = None
-        self._cache: SampleCache | None = None
-        if source.access == "memory" and self.spec.tokenizer is not None:
-            self._encoded = self._encode_all()
-        elif source.access == "parsed" and config.cache_size:
-            self._cache = SampleCache(source, self.collator, config.cache_size)
-
-    def _encode_all(self) -> ArraySource:
-        """Text held in memory is turned into tokens once, not once an epoch."""
-        lost = np.zeros(self.scan.records, bool)
-        if self.scan.keep is not None:
-            lost[:] = True
-            lost[self.scan.keep] = False
-        parts: list[Columns] = []
-        for chunk in self.source.iterate():
-            chunk.bad = {}
-            parts.append(self.collator.encode(chunk.take(np.flatnonzero(~lost[chunk.index]))))
-        columns = concat(parts)
-        # Positions stay those of the file, so what was dropped counts as unreadable here.
-        columns.bad = dict.fromkeys(np.flatnonzero(lost).tolist(), "was dropped")
-        return ArraySource.from_columns(self.source.format, self.source.paths, columns)
-
-    def batch(self, indices: np.ndarray) -> dict[str, Any]:
-        """The samples at ``indices`` as a batch."""
-        if self._encoded is not None:
-            return self.collator.collate(self._encoded.gather(indices))
-        if self._cache is not None:
-            return self.collator.collate(self._cache.fetch(indices))
-        return self.collator(self.source.gather(indices))
-
-    def counters(self) -> tuple[int, int]:
-        """Cache hits and look-ups so far, in this process."""
-        return (0, 0) if self._cache is None else (self._cache.hits, self._cache.lookups)
-
-    def __len__(self) -> int:
-        return self.scan.records
-
-    def __getitems__(self, indices: np.ndarray) -> tuple[dict[str, Any], int, int]:
-        """A batch, and what it added to the cache's counters; called in worker processes."""
-        if self.board is not None:
-            self.board.begin(indices)
-        hits, lookups = self.counters()
-        batch = self.batch(indices)
-        after = self.counters()
-        if self.board is not None:
-            self.board.end()
-        return batch, after[0] - hits, after[1] - lookups
-
-
 class ForgeDataLoader:
     """One epoch of batches per iteration; made by `DataLoaderFactory`.
 
     Each batch is ``{"input": Tensor, "target": Tensor or dict of Tensors, "index": LongTensor}``.
     Iterating again gives the next epoch; `set_position` chooses another place. ``spec`` is what the
     data are.
+
+    With ``world_size=R`` the samples of a batch are divided among R ranks: the order of samples and the
+    number of batches stay those of one rank, and ``rank`` says whose part is handed out. ``num_samples``
+    and ``len`` count all ranks together.
     """
 
-    def __init__(self, prepared: _Prepared, indices: np.ndarray | None, split: Split) -> None:
+    def __init__(self, prepared: Prepared, indices: np.ndarray | None, split: Split) -> None:
         self._prepared, self.split = prepared, split
         self.config, self.spec = prepared.config, prepared.spec
         self.num_samples: int | None = len(prepared) if indices is None else len(indices)
@@ -203,14 +59,19 @@ class ForgeDataLoader:
             shuffle=self.config.shuffle and train,
             window=self.config.shuffle_buffer if self.config.streaming else None,
         )  # fmt: skip
-        size = self.config.batch_size
-        drop = self.config.drop_last and train
-        self._batches = self.num_samples // size if drop else -(-self.num_samples // size)
+        self._plan = BatchPlan(
+            samples=self.num_samples, size=self.config.batch_size,
+            drop_last=self.config.drop_last and train, whole_tail=not train,
+            rank=self.config.rank, world_size=self.config.world_size,
+        )  # fmt: skip
+        self._batches = len(self._plan)
         if not self._batches:
             raise DataError(
-                f"{prepared.source.paths[0]}: {self.num_samples} samples make no batch of {size} with "
-                f"drop_last; use batch_size={self.num_samples} or drop_last=False"
+                f"{prepared.source.paths[0]}: {self.num_samples} samples make no batch of "
+                f"{self.config.batch_size} with drop_last; use batch_size={self.num_samples} or "
+                "drop_last=False"
             )
+        self._plan.check(prepared.source.paths[0])
         self._position = (0, 0)
         self._hits = self._lookups = 0
         self._workers: DataLoader | None = None
@@ -240,13 +101,13 @@ class ForgeDataLoader:
         return self._prepared.batch(self.batch_indices(0, 0))
 
     def batch_indices(self, epoch: int, batch: int) -> np.ndarray:
-        """(n,) int64 positions, in their source, of the samples of one batch."""
-        return next(_epoch(self._order, self.config.batch_size, epoch, batch, batch + 1))
+        """(n,) int64 positions, in their source, of this rank's samples of one batch."""
+        return self._order.slice(epoch, *self._plan.share(batch))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, first = self._position
         self._position = (epoch + 1, 0)
-        order = _epoch(self._order, self.config.batch_size, epoch, first, self._batches)
+        order = (self.batch_indices(epoch, batch) for batch in range(first, self._batches))
         fetch = (
             self._from_workers(order) if self.config.num_workers else map(self._prepared.__getitems__, order)
         )
@@ -303,6 +164,7 @@ class ForgeDataLoader:
             "samples": self.num_samples,
             "batches": self._batches,
             "batch_size": self.config.batch_size,
+            "world_size": self.config.world_size,
             "dropped": scanned.dropped,
             "without_quality": scanned.without_quality,
             "truncated": scanned.truncated,
@@ -322,12 +184,6 @@ class ForgeDataLoader:
             "cache_hit_rate": self._hits / self._lookups if self._lookups else None,
             "source": source.describe(),
         }
-
-
-def _epoch(order: EpochOrder, size: int, epoch: int, first: int, last: int) -> Iterator[np.ndarray]:
-    """Positions of the samples of the batches ``first`` to ``last`` of an epoch."""
-    for batch in range(first, last):
-        yield order.slice(epoch, batch * size, min((batch + 1) * size, order.n))
 
 
 class _Pending:
@@ -408,10 +264,8 @@ class DataLoaderFactory:
         """
         if split not in ("train", "validation"):
             raise UsageError(f"split={split!r} is unknown; wanted 'train' or 'validation'")
-        train, validation = _create(source, config or DataConfig(), task, spec, quarantine)
-        if validation is None:
-            return _relabel(train, split)
-        return train if split == "train" else validation
+        train, validation = _create(source, config or DataConfig(), task, spec, quarantine, whole=split)
+        return train if split == "train" or validation is None else validation
 
     @staticmethod
     def create_loaders(
@@ -422,12 +276,19 @@ class DataLoaderFactory:
         quarantine: Quarantine | None = None,
     ) -> tuple[AnyLoader, AnyLoader | None]:
         """Both splits from one look at the data; the second is None with ``validation_split=0``."""
-        return _create(source, config or DataConfig(), task, None, quarantine)
+        return _create(source, config or DataConfig(), task, None, quarantine, whole="train")
 
 
 def _create(
-    source: Any, config: DataConfig, task: str | None, spec: DataSpec | None, quarantine: Quarantine | None
+    source: Any,
+    config: DataConfig,
+    task: str | None,
+    spec: DataSpec | None,
+    quarantine: Quarantine | None,
+    *,
+    whole: Split,
 ) -> tuple[AnyLoader, AnyLoader | None]:
+    """Both splits; without a validation_split the only one is ``whole``."""
     task = normalize_task(task) or normalize_task(config.task)
     opened = _open(source, config, task)
     if isinstance(opened, BatchStream):
@@ -435,11 +296,11 @@ def _create(
             raise UsageError(
                 "validation_split cannot divide ready batches; pass validation data of their own"
             )
-        return BatchLoader(opened, "train", task), None
-    prepared = _Prepared(opened, config, task, spec, quarantine)
+        return BatchLoader(opened, whole, task, config.rank, config.world_size), None
+    prepared = Prepared(opened, config, task, spec, quarantine)
     keep = prepared.scan.keep
     if not config.validation_split:
-        return ForgeDataLoader(prepared, keep, "train"), None
+        return ForgeDataLoader(prepared, keep, whole), None
     usable = len(prepared) if keep is None else len(keep)
     held_out = round(usable * config.validation_split)
     if not 0 < held_out < usable:
@@ -449,15 +310,6 @@ def _create(
         )
     train, validation = split_indices(len(prepared), keep, held_out, config.seed)
     return ForgeDataLoader(prepared, train, "train"), ForgeDataLoader(prepared, validation, "validation")
-
-
-def _relabel(loader: AnyLoader, split: Split) -> AnyLoader:
-    if split == "train":
-        return loader
-    if isinstance(loader, BatchLoader):
-        loader.split = split
-        return loader
-    return ForgeDataLoader(loader._prepared, loader._order.indices, split)
 
 
 def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchStream:

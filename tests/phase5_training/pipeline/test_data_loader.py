@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from phase5_training.errors import DataError, UsageError
-from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.formats.order import EpochOrder, split_indices
 
 N, WIDTH = 103, 6
@@ -671,3 +672,58 @@ def test_a_batch_in_memory_costs_little():
         times.append((time.perf_counter() - begin) / len(loader))
     # Measured near 60 us; the bound leaves room for a busy machine and none for per-sample work.
     assert min(times) < 1e-3
+
+
+# --- ranks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ranks_divide_each_batch_and_change_no_order(tmp_path, workers, streaming):
+    path = write(tmp_path, "npy")
+    options = {"batch_size": 16, "streaming": streaming, "shuffle_buffer": 20}
+    alone = load(path, **options)
+    ranks = [load(path, rank=r, world_size=3, num_workers=workers, **options) for r in range(3)]
+    for loader in (alone, *ranks):
+        loader.set_position(1, 2)
+    assert [len(loader) for loader in ranks] == [7] * 3
+    parts = [list(loader) for loader in ranks]
+    for batch, *own in zip(alone, *parts, strict=True):
+        sizes = [len(part["index"]) for part in own]
+        assert max(sizes) - min(sizes) <= 1
+        for key in batch:
+            assert torch.equal(torch.cat([part[key] for part in own]), batch[key])
+
+
+def test_a_last_batch_too_small_for_the_ranks(tmp_path):
+    path = write(tmp_path, "npy")  # 103 = 10 * 10 + 3
+    with pytest.raises(DataError, match="has 3 of 103 samples, fewer than one for each of 4 ranks"):
+        load(path, batch_size=10, world_size=4)
+    assert len(load(path, batch_size=10, world_size=4, drop_last=True)) == 10
+    loaders = [load(path, "validation", batch_size=10, rank=r, world_size=4) for r in range(4)]
+    seen = [torch.cat([batch["index"] for batch in loader]).tolist() for loader in loaders]
+    assert sorted(i for part in seen for i in part) == list(range(N))
+    assert {len(list(loader)) for loader in loaders} == {10}  # the three are in the tenth batch
+    with pytest.raises(DataError, match="has 103 of 103 samples"):
+        load(path, "validation", batch_size=200, world_size=150)
+
+
+def test_ranks_of_ready_batches():
+    batches = [(torch.arange(5), torch.arange(5)), (torch.arange(2), torch.arange(2))]
+    loaders = [DataLoaderFactory.create_loader(batches, DataConfig(rank=r, world_size=2)) for r in range(2)]
+    first = [next(iter(loader))["index"].tolist() for loader in loaders]
+    assert first == [[0, 1], [2, 3, 4]]
+    with pytest.raises(DataError, match="batch 1 has 2 samples for 3 ranks"):
+        list(DataLoaderFactory.create_loader(batches, DataConfig(world_size=3)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 2, "world_size": 2}, "rank=2 of world_size=2; ranks count from 0"),
+        ({"batch_size": 2, "world_size": 3}, "batch_size=2 is fewer than one sample for each of 3 ranks"),
+    ],
+)
+def test_ranks_that_cannot_be(options, message):
+    with pytest.raises(UsageError, match=message):
+        DataConfig(**options)

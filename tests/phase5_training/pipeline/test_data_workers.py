@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from phase5_training.errors import DataError, UsageError
-from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.data_loader import DataLoaderFactory
 
 
 class Broken(Dataset):

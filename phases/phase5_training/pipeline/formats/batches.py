@@ -111,8 +111,11 @@ class BatchLoader:
 
     seeks = False
 
-    def __init__(self, stream: BatchStream, split: str, task: str | None) -> None:
+    def __init__(
+        self, stream: BatchStream, split: str, task: str | None, rank: int = 0, world_size: int = 1
+    ) -> None:
         self._stream, self.split = stream, split
+        self._rank, self._world_size = rank, world_size
         self.spec = _spec_of_batches(stream, task)
         self.num_samples: int | None = None
         self._position = (0, 0)
@@ -137,8 +140,21 @@ class BatchLoader:
         self._position = (epoch + 1, 0)
         for number, batch in enumerate(self._stream):
             if number >= skip:
-                yield batch
+                yield self._share(batch, number)
         self.num_samples = self._stream.samples
+
+    def _share(self, batch: dict[str, Any], number: int) -> dict[str, Any]:
+        """This rank's part of a batch, cut as a `BatchPlan` cuts."""
+        n, ranks = len(batch["index"]), self._world_size
+        if ranks == 1:
+            return batch
+        if n < ranks:
+            raise DataError(f"batch {number} has {n} samples for {ranks} ranks; wanted at least one for each")
+        rows = slice(n * self._rank // ranks, n * (self._rank + 1) // ranks)
+        return {
+            key: {k: v[rows] for k, v in part.items()} if isinstance(part, dict) else part[rows]
+            for key, part in batch.items()
+        }
 
     def description(self) -> dict[str, Any]:
         """What a run's record says about its data."""

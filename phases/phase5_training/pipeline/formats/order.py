@@ -6,7 +6,11 @@ The keys come from numpy's Philox bit generator, whose raw output is fixed by it
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+from phase5_training.errors import DataError
 
 _SPLIT, _EPOCH, _WINDOW = 1, 2, 3  # keep the draws for different purposes apart
 
@@ -97,3 +101,69 @@ class EpochOrder:
             parts.append(places[start - first : stop - first])
             start = last
         return np.concatenate(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which stretch of an epoch's order each batch takes, and which part of it a rank.
+
+    A batch is divided among ``world_size`` ranks in order, into parts that differ by one sample at most.
+    Neither its samples nor the number of batches depend on how many ranks there are.
+
+    Args:
+        samples: of an epoch.
+        size: samples of a batch, all ranks together.
+        drop_last: leave out the last batch when it is smaller.
+        whole_tail: a last batch with fewer samples than ranks is joined to the one before it, as it may
+            be where the bounds of batches do not matter: in validation.
+        rank: from 0.
+        world_size: number of ranks.
+
+    Example:
+        >>> [BatchPlan(samples=10, size=6, rank=r, world_size=2).share(1) for r in (0, 1)]
+        [(6, 8), (8, 10)]
+    """
+
+    samples: int
+    size: int
+    drop_last: bool = False
+    whole_tail: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def _tail(self) -> int:
+        """Samples of the last batch where that is not a full one."""
+        return self.samples % self.size
+
+    @property
+    def _joined(self) -> bool:
+        return self.whole_tail and 0 < self._tail < self.world_size and self.samples >= self.size
+
+    def __len__(self) -> int:
+        drops = self.drop_last or self._joined
+        return self.samples // self.size if drops else -(-self.samples // self.size)
+
+    def bounds(self, batch: int) -> tuple[int, int]:
+        """Where a batch begins and ends in the order of the epoch."""
+        last = batch == len(self) - 1 and not self.drop_last
+        return batch * self.size, self.samples if last else (batch + 1) * self.size
+
+    def share(self, batch: int) -> tuple[int, int]:
+        """Where this rank's part of a batch begins and ends in the order of the epoch."""
+        start, stop = self.bounds(batch)
+        n = stop - start
+        return start + n * self.rank // self.world_size, start + n * (self.rank + 1) // self.world_size
+
+    def check(self, name: str) -> None:
+        """Refuse a last batch that leaves a rank without a sample.
+
+        Raises:
+            DataError: names ``name``, the file.
+        """
+        start, stop = self.bounds(len(self) - 1)
+        if stop - start < self.world_size:
+            raise DataError(
+                f"{name}: the last batch of an epoch has {stop - start} of {self.samples} samples, fewer "
+                f"than one for each of {self.world_size} ranks; set drop_last=True, or another batch_size"
+            )

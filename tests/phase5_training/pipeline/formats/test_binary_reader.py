@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.source import ReadOptions
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory
+from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.formats import EXTENSIONS, open_source
 from phase5_training.pipeline.formats.source import ArraySource, ReadOptions
 

@@ -1,0 +1,98 @@
+"""How data are read and put into batches: the options of a loader."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from phase5_training.errors import UsageError
+from phase5_training.pipeline.formats.spec import normalize_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How data are read and put into batches.
+
+    Args:
+        batch_size: samples per batch.
+        num_workers: processes that prepare batches; 0 prepares them in the training process.
+        cache_size: parsed samples kept in memory, where a sample has to be parsed at each use; 0: none.
+        streaming: never hold a whole file; shuffle within windows of ``shuffle_buffer`` records.
+        quality_threshold: records whose metadata state a lower quality are left out.
+        validation_split: share of the records kept for validation, in [0, 1).
+        seed: fixes the order of every epoch and the split.
+        shuffle: a new order each epoch; False reads in file order. Validation is never shuffled.
+        drop_last: leave out the last batch of an epoch when it is smaller than the others.
+        max_length: tokens a sequence may have; longer ones are cut, and counted.
+        tokenizer: "bytes", or the path of a tokenizer.json.
+        task: "classification", "regression", "next_token", "multi_task", or None to infer it.
+        invalid_records: "fail" stops at the first bad record, "drop" leaves bad records out.
+        input_kind: "tokens" or "features" where whole numbers could be either; "auto" takes lists of
+            whole numbers for tokens.
+        pad_id: token with which to pad lists of token ids of different lengths; None refuses them.
+        shuffle_buffer: records shuffled together when streaming.
+        memory_limit_mb: larger files are mapped or indexed, not loaded.
+        timeout: seconds to wait for a batch of the worker processes.
+        rank: which part of each batch this process takes, from 0.
+        world_size: processes that divide each batch of ``batch_size`` samples among them.
+
+    Example:
+        >>> DataConfig(batch_size=64, validation_split=0.1).batch_size
+        64
+    """
+
+    batch_size: int = 32
+    num_workers: int = 0
+    cache_size: int = 1000
+    streaming: bool = False
+    quality_threshold: float = 0.0
+    validation_split: float = 0.0
+    seed: int = 0
+    shuffle: bool = True
+    drop_last: bool = False
+    max_length: int | None = None
+    tokenizer: str | Path = "bytes"
+    task: str | None = None
+    invalid_records: Literal["fail", "drop"] = "fail"
+    input_kind: Literal["auto", "features", "tokens"] = "auto"
+    pad_id: int | None = None
+    shuffle_buffer: int = 4096
+    memory_limit_mb: int = 1024
+    timeout: float = 600.0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("batch_size", 1), ("num_workers", 0), ("cache_size", 0), ("seed", 0), ("max_length", 1),
+            ("pad_id", 0), ("shuffle_buffer", 1), ("memory_limit_mb", 0), ("rank", 0), ("world_size", 1),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name in ("max_length", "pad_id"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name}={value!r} is not a whole number of at least {least}")
+        if self.rank >= self.world_size:
+            raise UsageError(f"rank={self.rank} of world_size={self.world_size}; ranks count from 0")
+        if self.batch_size < self.world_size:
+            raise UsageError(
+                f"batch_size={self.batch_size} is fewer than one sample for each of {self.world_size} ranks; "
+                f"it counts all ranks together: use a multiple of {self.world_size}"
+            )
+        if not 0 <= self.validation_split < 1:
+            raise UsageError(f"validation_split={self.validation_split} is not in [0, 1); 0.1 keeps a tenth")
+        if not self.timeout > 0:
+            raise UsageError(f"timeout={self.timeout} is not above 0; 600 waits ten minutes for a batch")
+        if not math.isfinite(self.quality_threshold):
+            raise UsageError(f"quality_threshold={self.quality_threshold} is not a finite number")
+        for name, known in (
+            ("invalid_records", ("fail", "drop")),
+            ("input_kind", ("auto", "features", "tokens")),
+        ):
+            if getattr(self, name) not in known:
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r} is unknown; wanted one of {', '.join(known)}"
+                )
+        normalize_task(self.task)
