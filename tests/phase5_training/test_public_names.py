@@ -110,6 +110,7 @@ PARAMETERS = {
 DATA = """
 batch_size num_workers cache_size streaming quality_threshold validation_split seed shuffle drop_last
 max_length tokenizer task invalid_records input_kind pad_id shuffle_buffer memory_limit_mb timeout
+rank world_size
 """
 cross_entropy = nn.functional.cross_entropy
 
