@@ -57,6 +57,15 @@ class RunFailed(ForgeError, RuntimeError):  # noqa: N818 - an outcome, and the n
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    r"""What an exception says, cut to its first line; its type where it says nothing.
+
+    >>> first_line(ValueError("a\nb")), first_line(MemoryError())
+    ('a', 'MemoryError')
+    """
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
 def nearest_match(name: str, choices: Iterable[str]) -> str | None:
     """The choice closest in spelling to ``name``, or None when nothing is near.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return _folder(path)
     if glob.has_magic(str(path)):
-        found = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        found = sorted(p for p in _matches(path) if p.is_file())
         if found:
             return [file for file in found if not _beside(file)]
         raise DataError(f"{path}: no file matches this pattern")
@@ -104,6 +104,12 @@ def _files(path: Path) -> list[Path]:
     else:
         hint = f"the folder holds {', '.join(names[:5]) or 'nothing'}{' ...' if len(names) > 5 else ''}"
     raise DataError(f"{path}: no such file; {hint}")
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Files of a pattern; Path.glob follows no links to folders, which may lead in circles."""
+    first = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
+    return Path(*pattern.parts[:first]).glob(str(Path(*pattern.parts[first:])))
 
 
 def _folder(folder: Path) -> list[Path]:

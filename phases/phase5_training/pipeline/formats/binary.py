@@ -5,6 +5,7 @@ Declared shapes are compared with what the file holds before anything is allocat
 
 from __future__ import annotations
 
+import json
 import math
 import zipfile
 from pathlib import Path
@@ -14,12 +15,20 @@ import numpy as np
 import orjson
 import safetensors
 
-from phase5_training.errors import DataError
+from phase5_training.errors import DataError, first_line
 from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
 from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
-from phase5_training.pipeline.formats.source import ArraySource, ReadOptions, check_memory
+from phase5_training.pipeline.formats.source import (
+    ArraySource,
+    ReadOptions,
+    check_companion,
+    check_inflation,
+    check_memory,
+    check_width,
+)
 from phase5_training.pipeline.formats.text import TokenBlocks
 
+_MAX_SIDECAR = 1 << 16  # bytes
 _TOKEN_DTYPES = ("uint8", "uint16", "uint32", "int32")
 _SAFETENSORS_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
@@ -37,12 +46,13 @@ def _npy_header(file: IO[bytes], name: str) -> tuple[tuple[int, ...], bool, np.d
         shape, fortran, dtype = reader(file)
     except KeyError as error:
         raise DataError(f"{name}: .npy version {error} is unknown; save it again with numpy.save") from error
-    except (ValueError, EOFError, SyntaxError, OverflowError, RecursionError, MemoryError) as error:
-        raise DataError(f"{name}: not a .npy file ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the header is parsed as Python, which fails in many ways
+        raise DataError(f"{name}: not a .npy file ({first_line(error)})") from error
     if dtype.hasobject:
         raise DataError(f"{name}: holds Python objects, not numbers; save an array of numbers or text")
-    if any(not isinstance(n, int) or n < 0 for n in shape):
+    if any(type(n) is not int or n < 0 for n in shape):
         raise DataError(f"{name}: declares the impossible shape {shape}")
+    check_width(name, shape, dtype)
     return shape, fortran, dtype
 
 
@@ -85,6 +95,7 @@ def open_npy(path: Path, options: ReadOptions) -> ArraySource:
         for name in ("targets", "quality"):
             beside = path.with_name(f"{path.stem}_{name}.npy")
             if beside.is_file():
+                check_companion(path, beside)
                 arrays[name] = _open_npy(beside, options)
     access = "memory" if options.loads(array.nbytes) else "mapped"
     return source_from_arrays(arrays, "npy", str(path), access=access)  # type: ignore[arg-type]
@@ -100,7 +111,8 @@ def open_npz(path: Path, options: ReadOptions) -> ArraySource:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            size = sum(info.file_size for info in members.values())
+            size = sum(info.file_size for info in archive.infolist())
+            _check_members(path, archive.infolist(), size)
             if options.streaming and size > options.memory_limit:
                 raise DataError(
                     f"{path}: {size / 1e6:.0f} MB of .npz cannot be streamed, it loads as a whole; "
@@ -125,6 +137,18 @@ def open_npz(path: Path, options: ReadOptions) -> ArraySource:
     return source_from_arrays(arrays or dict.fromkeys(members), "npz", str(path))
 
 
+def _check_members(path: Path, members: list[zipfile.ZipInfo], size: int) -> None:
+    names: set[str] = set()
+    for member in members:
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DataError(f"{path} [{member.filename}]: method {member.compress_type} is not numpy's; "
+                            "save it again with numpy.savez")  # fmt: skip
+        if member.filename in names:
+            raise DataError(f"{path}: holds {member.filename!r} twice; save it again with numpy.savez")
+        names.add(member.filename)
+    check_inflation(str(path), path.stat().st_size, size)
+
+
 def _wanted(name: str, names: Any) -> bool:
     try:
         keys = [choose_key(list(names), known) for known in (INPUT_KEYS, TARGET_KEYS, QUALITY_KEYS)]
@@ -143,11 +167,14 @@ def open_safetensors(path: Path, options: ReadOptions) -> ArraySource:
         with safetensors.safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
     except Exception as error:  # SafetensorError, OSError and what numpy may add
-        raise DataError(f"{path}: not a readable .safetensors file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{path}: not a readable .safetensors file ({first_line(error)})") from error
     # The library has checked that the spans lie inside the file, in order and without gaps.
     with path.open("rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
-        header = orjson.loads(raw.read(length))
+        try:
+            header = json.loads(raw.read(length), object_pairs_hook=_once_each)
+        except ValueError as error:
+            raise DataError(f"{path}: not a readable .safetensors file ({error})") from error
     header.pop("__metadata__", None)
     arrays = {}
     total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
@@ -157,6 +184,7 @@ def open_safetensors(path: Path, options: ReadOptions) -> ArraySource:
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise DataError(f"{path} [{name}]: dtype {entry['dtype']} is unsupported; save float32 or int64")
         dtype, shape = np.dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+        check_width(f"{path} [{name}]", shape, dtype)
         first, last = entry["data_offsets"]
         _check_size(f"{path} [{name}]", shape, dtype, last - first)
         if first == last:
@@ -173,6 +201,14 @@ def open_safetensors(path: Path, options: ReadOptions) -> ArraySource:
         access="memory" if options.loads(total) else "mapped",
         details={"metadata": metadata} if metadata else None,
     )
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r} occurs twice in its header")
+    return found
 
 
 def open_tokens(paths: list[Path], options: ReadOptions) -> TokenBlocks:
@@ -209,6 +245,9 @@ def _sidecar(path: Path) -> tuple[np.dtype, int]:
             break
     else:
         raise DataError(f"{path}: has no sidecar {path.name}.json; write one beside it, such as {example}")
+    check_companion(path, beside)
+    if beside.stat().st_size > _MAX_SIDECAR:
+        raise DataError(f"{beside}: {beside.stat().st_size} bytes are no sidecar; wanted {example}")
     try:
         stated = orjson.loads(beside.read_bytes())
     except orjson.JSONDecodeError as error:
@@ -219,6 +258,6 @@ def _sidecar(path: Path) -> tuple[np.dtype, int]:
     if stated.get("dtype") not in _TOKEN_DTYPES:
         raise DataError(f"{beside}: dtype is {stated.get('dtype')!r}; wanted {'|'.join(_TOKEN_DTYPES)}")
     vocab_size = stated.get("vocab_size")
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 1:
-        raise DataError(f"{beside}: vocab_size is {vocab_size!r}; wanted a positive whole number")
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= 2**32:
+        raise DataError(f"{beside}: vocab_size is {vocab_size!r}; wanted a whole number from 1 to 2^32")
     return np.dtype(stated["dtype"]).newbyteorder("<"), vocab_size

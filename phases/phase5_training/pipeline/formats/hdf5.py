@@ -17,12 +17,11 @@ import numpy as np
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, Targets, Values
+from phase5_training.pipeline.formats.hdf5_chunks import check_chunks, check_filters
 from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
 from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
-from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source
+from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source, check_width
 
-# Filters inside the HDF5 library itself; any other is code from a plug-in folder.
-_FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
 _MAX_LINKS = 8
 
 
@@ -149,14 +148,8 @@ class Hdf5Source:
             )
         if data.external:
             raise DataError(f"{self.path}: {where} is stored in {data.external[0][0]!r}; copy the data in")
-        properties = data.id.get_create_plist()
-        for i in range(properties.get_nfilters()):
-            number = properties.get_filter(i)[0]
-            if number not in _FILTERS:
-                raise DataError(
-                    f"{self.path}: {where} is compressed by plug-in filter {number}; "
-                    f"write it with {', '.join(sorted(_FILTERS.values()))} or none"
-                )
+        check_width(f"{self.path}: {where}", data.shape, data.dtype)
+        check_filters(f"{self.path}: {where}", data)
         text = h5py.check_string_dtype(data.dtype)
         if text is None and data.dtype.kind not in "biuf":
             raise DataError(f"{self.path}: {where} holds {data.dtype}; wanted numbers or strings")
@@ -171,6 +164,7 @@ class Hdf5Source:
                 f"{self.path}: {where} declares shape {data.shape} but only {written} of {needed} "
                 f"{'chunks' if data.chunks else 'bytes'} are in the file"
             )
+        check_chunks(f"{self.path}: {where}", data)
         return int(data.shape[0])
 
     def __getstate__(self) -> dict[str, Any]:

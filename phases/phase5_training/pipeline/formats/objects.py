@@ -17,7 +17,7 @@ from phase5_training.pipeline.formats.record_columns import (
     narrow,
     to_values,
 )
-from phase5_training.pipeline.formats.source import Access, ArraySource
+from phase5_training.pipeline.formats.source import Access, ArraySource, check_width
 
 QUALITY_KEYS = ("quality", "qualities")
 
@@ -109,8 +109,10 @@ def _column(value: Any, name: str, path: str) -> Values:
         return values
     if not isinstance(value, np.ndarray):
         raise DataError(f"{path}: {name} is {type(value).__name__}; wanted an array or a list")
+    value = np.asarray(value)
     if value.ndim == 0:
         raise DataError(f"{path}: {name} is a single number; wanted one row per record")
+    check_width(f"{path}: {name}", value.shape, value.dtype)
     if value.dtype.kind in "US":
         return value.astype(str).tolist()
     if value.dtype.kind == "O":

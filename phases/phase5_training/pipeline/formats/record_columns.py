@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,7 +164,13 @@ class RecordColumns:
             return float("nan")
         if isinstance(quality, bool) or not isinstance(quality, (int, float, np.number)):
             raise ValueError(f"has quality {quality!r}, not a number")
-        return float(quality)
+        try:
+            value = float(quality)
+        except OverflowError:
+            value = math.inf
+        if math.isinf(value):
+            raise ValueError("has a quality beyond the range of numbers")
+        return value
 
     def __call__(self, records: Sequence[Any], index: Sequence[int]) -> Columns:
         """Convert ``records``, whose positions in the source are ``index``."""
