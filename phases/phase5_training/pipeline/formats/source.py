@@ -108,7 +108,7 @@ def check_inflation(where: str, stored: int, size: int) -> None:
     """Refuse what grows out of proportion when it is decompressed from ``stored`` to ``size`` bytes."""
     if size > max(INFLATED_FLOOR, MAX_RATIO * stored):
         raise DataError(
-            f"{where} inflates from {stored / 1e6:.3g} MB to {size / 1e6:.0f} MB, more than {MAX_RATIO} times "
+            f"{where} inflates from {stored / 1e6:.3g} MB to {size / 1e6:.0f} MB, over {MAX_RATIO} times "
             "as much; write it uncompressed"
         )
 
