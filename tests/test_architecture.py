@@ -23,6 +23,7 @@ LEAVES = {
         "batches",
         "errors",
         "events",
+        "follow",
         "generalization",
         "loop_config",
         "loop_state",

@@ -21,6 +21,7 @@ USAGE = """forge: train 1.58-bit networks
   forge tune CONFIG.yaml           find rate, decay, optimizer and filter for a run, in a tenth of its steps
   forge bench [CONFIG.yaml]        time to a target: Forge against float, plain and tuned
   forge report RUN [RUN ...]       write the report of a run, or of several side by side
+  forge track RUN TRACKER ...      mirror a run into wandb, tensorboard or trackio, afterwards
   forge write-data TASK            write a real task's data files, to train on
 
 `forge VERB --help` lists the flags. --debug shows the traceback of an error.
@@ -226,6 +227,26 @@ def _report(words: Sequence[str]) -> int:
     return 0
 
 
+def _track(words: Sequence[str]) -> int:
+    parser = Parser(
+        "forge track",
+        description="Mirror a run into trackers; `forge train --trackers NAME` does so while it goes on.",
+    )
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("trackers", nargs="+", help="wandb, tensorboard or trackio")
+    parser.add_argument("--project", default="forge", help="that W&B and trackio list it in; default forge")
+    found = parser.parse_strictly(words)
+    from phase5_training.commands import open_run
+    from phase5_training.trackers import check_trackers
+    from phase5_training.trackers.mirror import mirror
+
+    run = open_run(found.run)
+    check_trackers(found.trackers)
+    for name in found.trackers:
+        print(f"{name}: {mirror(run, name, found.project)} rows of {run.path / 'metrics.jsonl'}")
+    return 0
+
+
 def _write_data(words: Sequence[str]) -> int:
     parser = Parser("forge write-data", description="Write a real task's data files; nothing is downloaded.")
     parser.add_argument(
@@ -286,5 +307,6 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "tune": _tune,
     "bench": _bench,
     "report": _report,
+    "track": _track,
     "write-data": _write_data,
 }

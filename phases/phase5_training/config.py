@@ -35,6 +35,8 @@ RESUME_OPTIONS = (
     "loss_spikes",
     "spike_threshold",
     "progress",
+    "trackers",
+    "tracker_project",
 )
 
 Positive = Annotated[int, Field(ge=1)]
@@ -226,6 +228,10 @@ class TrainingConfig(BaseModel):
     """Steps between lines of figures."""
     progress: Literal["auto", "plain", "quiet"] = "auto"
     """Live display on a terminal, plain lines, or nothing."""
+    trackers: list[Literal["wandb", "tensorboard", "trackio"]] = []
+    """Where else the figures go: wandb, tensorboard, trackio, each in a process of its own."""
+    tracker_project: str = "forge"
+    """Project that W&B and trackio list the run in."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainingConfig":

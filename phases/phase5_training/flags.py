@@ -64,7 +64,11 @@ def add_config_flags(parser: argparse.ArgumentParser, only: Iterable[str] | None
             continue
         flag, types = "--" + name.replace("_", "-"), _types(field.annotation)
         default = field.get_default(call_default_factory=True)
-        shown = {None: "chosen by Forge", "": "empty"}.get(default, default) if default != {} else "none"
+        shown = (
+            {None: "chosen by Forge", "": "empty"}.get(default, default)
+            if default not in ({}, [])
+            else "none"
+        )
         text = f"{(field.description or '').strip()} Default: {shown}.".replace("%", "%%")
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         if bool in types:

@@ -6,6 +6,7 @@ from phase5_training.callbacks import ProgressDisplay, ReportRefresher
 from phase5_training.config import TrainingConfig
 from phase5_training.events import CallbackRegistry, Event
 from phase5_training.records import RunDirectory
+from phase5_training.trackers import TrackerProcesses
 
 _ROWS = {Event.LOG: "train", Event.EVAL_END: "validation", Event.EPOCH_END: "epoch"}
 _BAD = (Event.NONFINITE_STEP, Event.LOSS_SPIKE)
@@ -80,3 +81,5 @@ def watch(registry: CallbackRegistry, run: RunDirectory, config: TrainingConfig,
         run=run,
     ).register(registry)
     ReportRefresher(run).register(registry)
+    if config.trackers:
+        TrackerProcesses(config.trackers, run, config.tracker_project).register(registry)

@@ -1,7 +1,7 @@
 """A run on disk: the folder, its files, and how they survive a killed process.
 
     runs/<experiment>/  config.yaml  metrics.jsonl  events.jsonl  quarantine.jsonl  bad_batches.jsonl
-                        checkpoints/  best/  report.html  result.json
+                        checkpoints/  best/  report.html  result.json  trackers/
 
 ``metrics.jsonl`` is the truth about a run; everything else that shows figures is derived from it.
 Lines are appended with one write each, so a killed process leaves at most one unfinished line, at
@@ -37,7 +37,8 @@ RESULT = "result.json"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 BEST = "best"
-RUN_ENTRIES = (CONFIG, METRICS, EVENTS, QUARANTINE, BAD_BATCHES, RESULT, REPORT, CHECKPOINTS, BEST)
+TRACKERS = "trackers"
+RUN_ENTRIES = (CONFIG, METRICS, EVENTS, QUARANTINE, BAD_BATCHES, RESULT, REPORT, CHECKPOINTS, BEST, TRACKERS)
 
 _JSON_OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
