@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase4_bitnet.attention import rope_table, rotary_attention
-from phase4_bitnet.layers import BitLinear, ternary_layers
+from phase4_bitnet.layers import BitLinear, normed_linear, ternary_layers
+from phase4_bitnet.rms_norm import RMSNorm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,18 +190,6 @@ class DecoderConfig(TernaryConfig):
         return self.num_classes or self.num_outputs or self.vocab_size
 
 
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` that takes bf16 input under autocast up to the precision of its gain.
-
-    torch leaves the fused kernel, with a warning, when the two differ; and what follows is a rounding to
-    int8, better made from float32.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize the last dimension of `x`."""
-        return super().forward(x.to(self.weight.dtype))
-
-
 class MLP(nn.Module):
     """Linear, ReLU, RMSNorm for each hidden width, then a float head.
 
@@ -263,15 +252,15 @@ class Attention(nn.Module):
         self.attn_sub_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.o_proj = _hidden_linear(config, config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend within `x` (batch, length, dim)."""
+    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
+        """Attend within norm(`x`) (batch, length, dim)."""
         batch, length, dim = x.shape
-        qkv = self.qkv_proj(x).view(batch, length, 3, self.heads, dim // self.heads)
-        return self.o_proj(self.attn_sub_norm(rotary_attention(qkv, cos, sin)))
+        qkv = normed_linear(x, norm, self.qkv_proj).view(batch, length, 3, self.heads, dim // self.heads)
+        return normed_linear(rotary_attention(qkv, cos, sin), self.attn_sub_norm, self.o_proj)
 
 
 class SquaredReluMLP(nn.Module):
-    """Up, squared ReLU, BitNet's extra norm, down.
+    """Up, squared ReLU and BitNet's extra norm in one, down.
 
     Source: So et al. 2021, "Primer" (arXiv:2109.08668) for the activation; BitNet b1.58 2B4T
     (arXiv:2504.12285) for the activation and the norm's place. Ungated, unlike the latter.
@@ -280,14 +269,12 @@ class SquaredReluMLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.up_proj = _hidden_linear(config, config.dim, config.mlp_width, bias=False)
-        self.ffn_sub_norm = RMSNorm(config.mlp_width, eps=config.norm_eps)
+        self.ffn_sub_norm = RMSNorm(config.mlp_width, eps=config.norm_eps, squared_relu=True)
         self.down_proj = _hidden_linear(config, config.mlp_width, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the MLP to `x` (batch, length, dim)."""
-        hidden = F.relu(self.up_proj(x))
-        # A product, not square(): torch's backward of a power computes the power again.
-        return self.down_proj(self.ffn_sub_norm(hidden * hidden))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """Apply the MLP to norm(`x`) (batch, length, dim)."""
+        return normed_linear(normed_linear(x, norm, self.up_proj), self.ffn_sub_norm, self.down_proj)
 
 
 class Block(nn.Module):
@@ -302,8 +289,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Apply the block to `x` (batch, length, dim)."""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, cos, sin)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):

@@ -108,11 +108,10 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _use_native(qkv: Tensor) -> bool:
     """Whether the native kernel takes this projection, and is worth it."""
-    length, head_dim = qkv.shape[1], qkv.shape[-1]
+    head_dim = qkv.shape[-1]
     return (
         qkv.device.type == "cpu"
         and qkv.dtype in NATIVE_DTYPES
-        and length > PLAIN_ATTENTION_LENGTH
         and head_dim % 16 == 0
         and head_dim <= NATIVE_HEAD_DIM
         and native.available()

@@ -33,6 +33,7 @@ from phase4_bitnet.layers import (
     ternary_layers,
 )
 from phase4_bitnet.packing import decode_2bit, pack_codes, pack_tiles, unpack_tiles
+from phase4_bitnet.rms_norm import rms_norm
 from phase4_bitnet.store import load_compressed_model, unwrap
 from phase4_bitnet.ternary import quantize_rows, quantize_weight
 
@@ -212,7 +213,7 @@ class PackedBitLinear(PackedLayer):
                 f"in_features={self.in_features}; pass (..., {self.in_features})"
             )
         if self.norm:
-            x = F.rms_norm(x, (self.in_features,), eps=NORM_EPS)
+            x = rms_norm(x, None, NORM_EPS)
         if self.activation_bits is None:
             return F.linear(x, self.ternary_weight(), self.bias)
         # The name of a device and nn.Module's search for a buffer take a microsecond each, and a row of

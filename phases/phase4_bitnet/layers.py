@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from phase4_bitnet.int8_linear import int8_linear, int8_linear_backward, int8_pays, quantize_input
-from phase4_bitnet.ternary import QuantizationMode, quantize_weight, requantize_
+from phase4_bitnet.rms_norm import RMSNorm, native_rms_norm, rms_norm
+from phase4_bitnet.ternary import SCALE_FLOOR, QuantizationMode, quantize_weight, requantize_
 
 Backward = Literal["auto", "float32", "bf16", "int8"]
 NORM_EPS = 1e-5
@@ -38,11 +39,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class _Int8Linear(torch.autograd.Function):
-    """``y = int8(x) @ codes.T`` with int32 accumulation; straight-through gradients.
+    """``y = int8(norm(x)) @ codes.T`` with int32 accumulation; straight-through gradients.
 
     Bengio et al. 2013 (arXiv:1308.3432): both roundings count as identity, so with x̂ the
     dequantized input and Ŵ = codes * scale, ``dx = dy @ Ŵ`` and ``dW = dy.T @ x̂``. The int8 input is
-    kept for backward, a quarter of the float one.
+    kept for backward, a quarter of the float one. A norm before it, where there is one, is joined with the
+    rounding (native/rms_norm.cpp): what it gives is never written in float.
     """
 
     @staticmethod
@@ -54,9 +56,18 @@ class _Int8Linear(torch.autograd.Function):
         scale: Tensor,
         out_dtype: torch.dtype,
         backward: str,
+        norm: RMSNorm | None,
+        gain: Tensor | None,
     ) -> Tensor:
-        rows, row_scale = quantize_input(x)
-        ctx.save_for_backward(rows, row_scale, codes, scale)
+        if norm is None:
+            rows, row_scale = quantize_input(x)
+            ctx.save_for_backward(rows, row_scale, codes, scale)
+        else:
+            rows, row_scale, inverse = torch.ops.forge.rms_norm_quantize(
+                x, gain, norm.eps, norm.squared_relu, SCALE_FLOOR
+            )
+            ctx.save_for_backward(rows, row_scale, codes, scale, x, gain, inverse)
+        ctx.norm = norm
         ctx.x_dtype, ctx.latent_dtype = x.dtype, latent.dtype
         ctx.how = "int8" if backward == "auto" and int8_pays(x) else backward
         return int8_linear(rows, row_scale, codes, scale, out_dtype)
@@ -65,10 +76,10 @@ class _Int8Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
-        rows, row_scale, codes, scale = ctx.saved_tensors
-        grad_x = grad_latent = None
+        rows, row_scale, codes, scale, *of_norm = ctx.saved_tensors
+        grad_x = grad_latent = grad_gain = None
+        want_input, want_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[7], ctx.needs_input_grad[1]
         if ctx.how == "int8":
-            want_input, want_weight = ctx.needs_input_grad[:2]
             grad_x, grad_latent = int8_linear_backward(
                 grad, rows, row_scale, codes, scale, want_input, want_weight
             )
@@ -78,16 +89,18 @@ class _Int8Linear(torch.autograd.Function):
             grad = grad.to(dtype)
             # torch.compile runs backward under the autocast of the forward, which would choose for us.
             with torch.autocast(grad.device.type, enabled=False):
-                if ctx.needs_input_grad[0]:
+                if want_input:
                     # The scale is applied in float32: in bf16 it would be off by up to 0.4% each time.
                     grad_x = (grad @ codes.to(dtype)).float().mul_(scale)
-                if ctx.needs_input_grad[1]:
+                if want_weight:
                     grad_latent = grad.t() @ rows.float().mul_(row_scale).to(dtype)
+        if grad_x is not None and ctx.norm is not None:
+            grad_x, grad_gain = torch.ops.forge.rms_norm_backward(grad_x, *of_norm, ctx.norm.squared_relu)
         if grad_x is not None:
             grad_x = grad_x.to(ctx.x_dtype)
         if grad_latent is not None:
             grad_latent = grad_latent.to(ctx.latent_dtype)
-        return grad_x, grad_latent, None, None, None, None
+        return grad_x, grad_latent, None, None, None, None, None, grad_gain
 
 
 class TernaryWeight(nn.Module):
@@ -228,28 +241,51 @@ class BitLinear(TernaryWeight, nn.Linear):
         self.norm, self.activation_bits, self.backward = norm, activation_bits, backward
         self.init_codes(weight_bits, quantization_mode)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``x`` (..., in_features)."""
+    def forward(self, x: Tensor, norm: RMSNorm | None = None) -> Tensor:
+        """Apply the layer to ``x`` (..., in_features), or to ``norm(x)``; see :func:`normed_linear`."""
         if not x.is_floating_point() or x.shape[-1] != self.in_features:
             raise ValueError(
                 f"BitLinear got {x.dtype} input of shape {tuple(x.shape)}; it takes floating point "
                 f"(..., {self.in_features}): convert or reshape the input"
             )
         if self.norm:
-            x = F.rms_norm(x, (self.in_features,), eps=NORM_EPS)
+            x = rms_norm(x, None, NORM_EPS)
         if self.activation_bits is None:
             return F.linear(x, self.ternary_weight(), self.bias)
         out_dtype = _autocast_dtype(x.device.type) or x.dtype
         codes, scale = self.current_codes()
         out = _Int8Linear.apply(
-            x.reshape(-1, self.in_features), self.weight, codes, scale, out_dtype, self.backward
-        )
+            x.reshape(-1, self.in_features), self.weight, codes, scale, out_dtype, self.backward,
+            norm, None if norm is None else norm.weight,
+        )  # fmt: skip
         out = out.reshape(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def extra_repr(self) -> str:
         """The part of ``repr`` between the brackets."""
         return f"{super().extra_repr()}, weight_bits={self.weight_bits}, norm={self.norm}"
+
+
+def normed_linear(x: Tensor, norm: RMSNorm, linear: nn.Module) -> Tensor:
+    """``linear(norm(x))``; where the native kernels run, the norm and the rounding to int8 are one pass.
+
+    The bits are those of the two modules one after the other in float32. Under bf16 the gradient between
+    them stays bf16. Hooks on ``norm`` are honored: with some, the two are called in turn.
+
+    Args:
+        x: (..., width) floating point.
+        norm: over the last dimension.
+        linear: any module that takes (..., width).
+    """
+    if (
+        isinstance(linear, BitLinear)
+        and linear.activation_bits is not None
+        and not linear.norm
+        and native_rms_norm(x, norm.weight)
+        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+    ):
+        return linear(x, norm)
+    return linear(norm(x))
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

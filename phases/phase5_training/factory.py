@@ -119,6 +119,7 @@ class TrainingPipeline:
         self.device = hardware.resolve_device(config.device)
         use_amp, amp_dtype = hardware.resolve_amp(config.use_amp, config.amp_dtype, self.device)
         hardware.prepare_determinism(config.deterministic)
+        hardware.keep_freed_memory(self.device)
         seed_everything(config.seed)
         self._open_data()
         if config.learning_rate == "auto":

@@ -121,7 +121,20 @@ def implementation(request, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("length", "width"), [(1, 16), (4, 8), (17, 16), (32, 32), (33, 48), (100, 64), (257, 80), (40, 24)]
+    ("length", "width"),
+    [
+        (1, 16),
+        (2, 48),
+        (4, 8),
+        (4, 32),
+        (15, 16),
+        (16, 64),
+        (17, 16),
+        (33, 48),
+        (100, 64),
+        (257, 80),
+        (40, 24),
+    ],
 )
 def test_rotary_attention_and_its_gradient_match_float64(implementation, length: int, width: int) -> None:
     x = fused(length, width)
@@ -140,12 +153,13 @@ def test_large_scores_do_not_overflow(implementation) -> None:
     torch.testing.assert_close(rotary_attention(x, *rope_table(40, 16)).double(), want, atol=0.05, rtol=1e-3)
 
 
-def test_a_bad_number_reaches_those_who_see_it_and_no_others(implementation) -> None:
-    x = fused(40, 16)
-    x[0, 20, 1, 1, 3] = float("nan")
-    out = rotary_attention(x, *rope_table(40, 16)).view(2, 40, 3, 16)
-    assert out[0, 20:, 1].isnan().all()
-    assert not out[0, :20].isnan().any()
+@pytest.mark.parametrize("length", [40, 14])
+def test_a_bad_number_reaches_those_who_see_it_and_no_others(implementation, length: int) -> None:
+    x, first = fused(length, 16), length // 2
+    x[0, first, 1, 1, 3] = float("nan")
+    out = rotary_attention(x, *rope_table(length, 16)).view(2, length, 3, 16)
+    assert out[0, first:, 1].isnan().all()
+    assert not out[0, :first].isnan().any()
     assert not out[0, :, [0, 2]].isnan().any()
     assert not out[1].isnan().any()
 
@@ -163,7 +177,7 @@ def test_rotary_attention_of_bf16_comes_back_in_bf16(implementation) -> None:
     torch.testing.assert_close(out.double(), in_float64(x.float()), atol=0.06, rtol=0.02)
 
 
-@pytest.mark.parametrize(("length", "width"), [(17, 16), (33, 48), (100, 64)])
+@pytest.mark.parametrize(("length", "width"), [(4, 32), (17, 16), (33, 48), (100, 64)])
 def test_the_gradient_of_bf16_is_within_its_rounding(implementation, length: int, width: int) -> None:
     x = fused(length, width).bfloat16()
     ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -176,8 +190,9 @@ def test_the_gradient_of_bf16_is_within_its_rounding(implementation, length: int
 
 
 @needs_native
-def test_native_bf16_is_the_float32_result_rounded_once() -> None:
-    x, tables = fused(100, 48).bfloat16(), rope_table(100, 48)
+@pytest.mark.parametrize("length", [5, 100])
+def test_native_bf16_is_the_float32_result_rounded_once(length: int) -> None:
+    x, tables = fused(length, 48).bfloat16(), rope_table(length, 48)
     assert torch.equal(rotary_attention(x, *tables), rotary_attention(x.float(), *tables).bfloat16())
 
 

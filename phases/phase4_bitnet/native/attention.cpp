@@ -25,6 +25,9 @@ using at::Tensor;
 
 constexpr int64_t kBlock = 32;  // queries a block; also what the length is padded to
 constexpr int64_t kRows = 8;    // rows of a product in registers
+// Sequences of at most this many positions are worked on by dot products: padded to a block, most of it would
+// be zeros.
+constexpr int64_t kShort = 16;
 
 // C (+)= A B for kRows rows and Vectors * 16 columns. A's rows are `a_stride` apart, or its columns are
 // where it is Transposed.
@@ -92,7 +95,7 @@ struct Shape {
 
   explicit Shape(const Tensor& qkv)
       : batch(qkv.size(0)), length(qkv.size(1)), heads(qkv.size(3)), width(qkv.size(4)),
-        padded((length + kBlock - 1) / kBlock * kBlock) {}
+        padded(length <= kShort ? length : (length + kBlock - 1) / kBlock * kBlock) {}
   int64_t matrix() const { return padded * width; }
   // From row to row of a matrix whose rows are keys. A power of two would put a column of it into few sets
   // of the cache, which then evict each other.
@@ -191,6 +194,67 @@ inline __mmask16 seen(int64_t row, int64_t column) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
+inline float dot(const float* a, const float* b, int64_t count) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t d = 0; d < count; d += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(a + d), _mm512_loadu_ps(b + d), sum);
+  return _mm512_reduce_add_ps(sum);
+}
+
+// to += factor * from
+inline void add_scaled(float factor, const float* from, int64_t count, float* to) {
+  const __m512 by = _mm512_set1_ps(factor);
+  for (int64_t d = 0; d < count; d += 16)
+    _mm512_storeu_ps(to + d, _mm512_fmadd_ps(by, _mm512_loadu_ps(from + d), _mm512_loadu_ps(to + d)));
+}
+
+// The dot products of a row with the first `count` (at most 16) rows of a matrix, zero after them.
+inline __m512 dots(const float* row, const float* matrix, int64_t count, int64_t width) {
+  alignas(64) float each[kShort] = {};
+  for (int64_t j = 0; j < count; ++j) each[j] = dot(row, matrix + j * width, width);
+  return _mm512_load_ps(each);
+}
+
+// One head of `length` positions; `out` rows are `stride` apart.
+template <typename T>
+void attend_short(const float* q, const float* k, const float* v, int64_t length, int64_t width, int64_t stride,
+                  T* out, float* log_sums, float* mixed) {
+  for (int64_t i = 0; i < length; ++i) {
+    const __mmask16 mask = tail_mask(i + 1);
+    const __m512 scores = dots(q + i * width, k, i + 1, width);
+    const float largest = _mm512_mask_reduce_max_ps(mask, scores);
+    const __m512 weights =
+        _mm512_maskz_mov_ps(mask, exp_nonpositive(_mm512_sub_ps(scores, _mm512_set1_ps(largest))));
+    const float sum = _mm512_reduce_add_ps(weights);
+    alignas(64) float weight[kShort];
+    _mm512_store_ps(weight, _mm512_div_ps(weights, _mm512_set1_ps(sum)));
+    std::memset(mixed, 0, width * sizeof(float));
+    for (int64_t j = 0; j <= i; ++j) add_scaled(weight[j], v + j * width, width, mixed);
+    convert(mixed, width, out + i * stride);
+    log_sums[i] = largest + std::log(sum);
+  }
+}
+
+// The gradients of one head; the last three are zero at first.
+inline void attend_short_backward(const float* q, const float* k, const float* v, const float* d_out,
+                                  const float* log_sums, int64_t length, int64_t width, float* d_q, float* d_k,
+                                  float* d_v) {
+  for (int64_t i = 0; i < length; ++i) {
+    const __m512 scores = dots(q + i * width, k, i + 1, width);
+    const __m512 weights = _mm512_maskz_mov_ps(
+        tail_mask(i + 1), exp_nonpositive(_mm512_sub_ps(scores, _mm512_set1_ps(log_sums[i]))));
+    const __m512 d_weights = dots(d_out + i * width, v, i + 1, width);
+    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_mul_ps(weights, d_weights)));
+    alignas(64) float weight[kShort], d_score[kShort];
+    _mm512_store_ps(weight, weights);
+    _mm512_store_ps(d_score, _mm512_mul_ps(weights, _mm512_sub_ps(d_weights, mean)));
+    for (int64_t j = 0; j <= i; ++j) {
+      add_scaled(weight[j], d_out + i * width, width, d_v + j * width);
+      add_scaled(d_score[j], q + i * width, width, d_k + j * width);
+      add_scaled(d_score[j], k + j * width, width, d_q + i * width);
+    }
+  }
+}
+
 template <typename T>
 std::tuple<Tensor, Tensor> attend(const Tensor& qkv_in, const Tensor& cos_in, const Tensor& sin_in) {
   const Tensor qkv = qkv_in.contiguous(), cos = cos_in.contiguous(), sin = sin_in.contiguous();
@@ -206,9 +270,10 @@ std::tuple<Tensor, Tensor> attend(const Tensor& qkv_in, const Tensor& cos_in, co
     float* mixed = scratch.take(kBlock * s.width);
     gather(qkv.const_data_ptr<T>() + sample * s.length * s.position() + head * s.width, s,
            cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), q, k, v);
-    transpose(k, s.padded, s.width, stride, k_t);
     T* to = out.mutable_data_ptr<T>() + sample * s.length * s.part() + head * s.width;
     float* logs = log_sums.mutable_data_ptr<float>() + (sample * s.heads + head) * s.length;
+    if (s.length <= kShort) return attend_short(q, k, v, s.length, s.width, s.part(), to, logs, mixed);
+    transpose(k, s.padded, s.width, stride, k_t);
     for (int64_t first = 0; first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock, last = std::min(s.length, keys);
       multiply<false, false>(kBlock, keys, s.width, q + first * s.width, s.width, k_t, stride, scores, stride);
@@ -261,8 +326,6 @@ Tensor attend_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor
     const int64_t offset = sample * s.length * s.position() + head * s.width;
     const float *cosines = cos.const_data_ptr<float>(), *sines = sin.const_data_ptr<float>();
     gather(qkv.const_data_ptr<T>() + offset, s, cosines, sines, q, k, v);
-    transpose(k, s.padded, s.width, stride, k_t);
-    transpose(v, s.padded, s.width, stride, v_t);
     std::memset(d_k, 0, s.matrix() * sizeof(float));
     std::memset(d_v, 0, s.matrix() * sizeof(float));
     std::memset(d_out, 0, s.matrix() * sizeof(float));
@@ -273,7 +336,14 @@ Tensor attend_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor
       const int64_t at = (sample * s.length + t) * s.part() + head * s.width;
       convert(grad.const_data_ptr<T>() + at, s.width, d_out + t * s.width);
     }
-    for (int64_t first = 0; first < s.padded; first += kBlock) {
+    if (s.length <= kShort) {
+      std::memset(d_q, 0, s.matrix() * sizeof(float));
+      attend_short_backward(q, k, v, d_out, logs, s.length, s.width, d_q, d_k, d_v);
+    } else {
+      transpose(k, s.padded, s.width, stride, k_t);
+      transpose(v, s.padded, s.width, stride, v_t);
+    }
+    for (int64_t first = 0; s.length > kShort && first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock;
       const float *q_own = q + first * s.width, *d_own = d_out + first * s.width;
       multiply<false, false>(kBlock, keys, s.width, q_own, s.width, k_t, stride, weights, stride);
