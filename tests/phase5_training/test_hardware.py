@@ -1,3 +1,8 @@
+import platform
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 
@@ -7,6 +12,7 @@ from phase5_training.errors import UsageError
 from phase5_training.hardware import (
     compile_model,
     estimate_seconds,
+    keep_freed_memory,
     resolve_amp,
     resolve_compile,
     resolve_device,
@@ -134,3 +140,33 @@ def test_a_memory_budget_keeps_less_and_changes_no_bit():
     assert least < most
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    """Eight tensors of 8 MB each round are 16,384 pages; in a process of its own, since the setting stays."""
+    script = textwrap.dedent("""
+        import resource, sys, torch
+        from phase5_training.hardware import keep_freed_memory
+        kept = sys.argv[1] == "kept" and keep_freed_memory(torch.device("cpu"))
+        def step():
+            tensors = [torch.zeros(2_000_000) for _ in range(8)]
+        for _ in range(3):
+            step()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            step()
+        print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """)
+    found = {}
+    for how in ("kept", "freed"):
+        done = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True)
+        kept, faults = done.stdout.split()
+        assert kept == str(how == "kept")
+        found[how] = int(faults)
+    assert found["kept"] < 500
+    assert found["freed"] > found["kept"]
+
+
+def test_on_another_device_the_memory_is_torch_s_own_affair() -> None:
+    assert not keep_freed_memory(torch.device("meta"))
