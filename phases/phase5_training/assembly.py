@@ -41,6 +41,9 @@ def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
         tokenizer=config.tokenizer,
         task=config.task,
         invalid_records=config.invalid_records,
+        record_policies=config.record_policies,
+        max_dropped_share=config.max_dropped_share,
+        num_classes=config.num_classes,
         input_kind=config.input_kind,
         pad_id=config.pad_id,
     )

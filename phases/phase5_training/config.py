@@ -105,6 +105,12 @@ class TrainingConfig(BaseModel):
     """bytes, or the path of a tokenizer.json."""
     invalid_records: Literal["fail", "drop"] = "fail"
     """fail stops at the first bad record; drop leaves bad records out and lists them in quarantine.jsonl."""
+    record_policies: dict[str, Literal["drop", "fail"]] = Field(default_factory=dict)
+    """drop or fail for single checks, as label=fail; too_long and duplicate are checked only if named."""
+    max_dropped_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Largest share of the records that may be left out; a run that would lose more does not start."""
+    num_classes: Positive | None = None
+    """Classes of the labels, from 0; a label beyond is a bad record. None takes those that occur."""
     input_kind: Literal["auto", "features", "tokens"] = "auto"
     """What lists of whole numbers are; auto takes them for tokens."""
     pad_id: Annotated[int, Field(ge=0)] | None = None

@@ -50,6 +50,7 @@ from phase5_training.pipeline.grokfast_trainer import GradientFilter
 from phase5_training.pipeline.scheduler import GrokfastScheduler
 from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.pipeline.validation import RealTimeValidator
+from phase5_training.quarantine import Quarantine
 from phase5_training.random_state import seed_everything
 from phase5_training.recorder import watch
 from phase5_training.records import RunDirectory, plain
@@ -296,8 +297,7 @@ class TrainingPipeline:
         own_validation = self._given["val"] is not None
         ready_batches = not has_samples(self._given["train"])
         data = data_config(config, split=not own_validation and not ready_batches)
-        dropped: list[dict[str, Any]] = []
-        self._dropped = dropped
+        dropped = self._dropped = Quarantine()
         self.train_loader, self.val_loader = DataLoaderFactory.create_loaders(
             self._given["train"], data, quarantine=dropped.append
         )

@@ -29,7 +29,8 @@ def test_every_field_of_the_data_is_an_option_and_is_passed_on():
         "batch_size": 8, "num_workers": 1, "cache_size": 3, "streaming": True, "quality_threshold": 0.5,
         "validation_split": 0.2, "seed": 4, "shuffle": False, "drop_last": True, "max_length": 6,
         "tokenizer": "t.json", "task": "regression", "invalid_records": "drop", "input_kind": "features",
-        "pad_id": 7, "data_timeout": 9.0,
+        "pad_id": 7, "data_timeout": 9.0, "record_policies": {"duplicate": "drop"},
+        "max_dropped_share": 0.5, "num_classes": 3,
     }  # fmt: skip
     fields = {name.removeprefix("data_"): value for name, value in given.items()}
     assert set(fields) == set(DataConfig.__dataclass_fields__) - NOT_OPTIONS

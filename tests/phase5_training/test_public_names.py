@@ -48,7 +48,8 @@ checkpoint_saved epoch_end fit_end
 OPTIONS = """
 model model_options train_data_path val_data_path experiment_name output_dir overwrite auto_resume
 task batch_size micro_batch_size num_workers data_timeout cache_size streaming quality_threshold
-validation_split shuffle drop_last max_length tokenizer invalid_records input_kind pad_id
+validation_split shuffle drop_last max_length tokenizer invalid_records
+record_policies max_dropped_share num_classes input_kind pad_id
 epochs max_steps max_seconds optimizer learning_rate weight_decay loss quantization_penalty
 label_smoothing distillation_temperature distillation_alpha seed deterministic
 use_bitnet weight_bits quantization_mode activation_bits backward float_layers
@@ -109,7 +110,8 @@ PARAMETERS = {
 }
 DATA = """
 batch_size num_workers cache_size streaming quality_threshold validation_split seed shuffle drop_last
-max_length tokenizer task invalid_records input_kind pad_id shuffle_buffer memory_limit_mb timeout
+max_length tokenizer task invalid_records record_policies
+max_dropped_share num_classes input_kind pad_id shuffle_buffer memory_limit_mb timeout
 rank world_size
 """
 cross_entropy = nn.functional.cross_entropy

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from phase5_training.errors import UsageError
+from phase5_training.pipeline.formats.policies import Policy, check_policies
 from phase5_training.pipeline.formats.spec import normalize_task
 
 
@@ -29,6 +31,10 @@ class DataConfig:
         tokenizer: "bytes", or the path of a tokenizer.json.
         task: "classification", "regression", "next_token", "multi_task", or None to infer it.
         invalid_records: "fail" stops at the first bad record, "drop" leaves bad records out.
+        record_policies: "drop" or "fail" for single checks: unreadable, quality, nonfinite, shape, kind,
+            target, label, empty, and too_long and duplicate, which are checked only where named here.
+        max_dropped_share: largest share of the records that may be left out, in [0, 1].
+        num_classes: labels beyond it are bad; None takes the classes that occur.
         input_kind: "tokens" or "features" where whole numbers could be either; "auto" takes lists of
             whole numbers for tokens.
         pad_id: token with which to pad lists of token ids of different lengths; None refuses them.
@@ -55,7 +61,10 @@ class DataConfig:
     max_length: int | None = None
     tokenizer: str | Path = "bytes"
     task: str | None = None
-    invalid_records: Literal["fail", "drop"] = "fail"
+    invalid_records: Policy = "fail"
+    record_policies: Mapping[str, Policy] = field(default_factory=dict)
+    max_dropped_share: float = 0.2
+    num_classes: int | None = None
     input_kind: Literal["auto", "features", "tokens"] = "auto"
     pad_id: int | None = None
     shuffle_buffer: int = 4096
@@ -68,9 +77,10 @@ class DataConfig:
         for name, least in (
             ("batch_size", 1), ("num_workers", 0), ("cache_size", 0), ("seed", 0), ("max_length", 1),
             ("pad_id", 0), ("shuffle_buffer", 1), ("memory_limit_mb", 0), ("rank", 0), ("world_size", 1),
+            ("num_classes", 1),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name in ("max_length", "pad_id"):
+            if value is None and name in ("max_length", "pad_id", "num_classes"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UsageError(f"{name}={value!r} is not a whole number of at least {least}")
@@ -95,4 +105,7 @@ class DataConfig:
                 raise UsageError(
                     f"{name}={getattr(self, name)!r} is unknown; wanted one of {', '.join(known)}"
                 )
+        if not 0 <= self.max_dropped_share <= 1:
+            raise UsageError(f"max_dropped_share={self.max_dropped_share} is not in [0, 1]; 0.2 is a fifth")
+        check_policies(self.record_policies, self.max_length)
         normalize_task(self.task)

@@ -30,6 +30,8 @@ class Prepared:
         options = ScanOptions(
             task=task, quality_threshold=config.quality_threshold, invalid_records=config.invalid_records,
             input_kind=config.input_kind, pad_id=config.pad_id, max_length=config.max_length,
+            record_policies=config.record_policies, max_dropped_share=config.max_dropped_share,
+            num_classes=config.num_classes,
         )  # fmt: skip
         self.scan: Scan = scan(source, tokenizer, options, reference=spec, quarantine=quarantine)
         self.spec = self.scan.spec

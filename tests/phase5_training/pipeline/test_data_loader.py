@@ -412,7 +412,9 @@ def test_quality_threshold_and_quarantine(tmp_path):
     for options in ({}, {"streaming": True}):
         seen.clear()
         loader = DataLoaderFactory.create_loader(
-            path, DataConfig(quality_threshold=0.8, **options), quarantine=seen.append
+            path,
+            DataConfig(quality_threshold=0.8, max_dropped_share=0.5, **options),
+            quarantine=seen.append,
         )
         assert sorted(torch.cat([b["index"] for b in loader]).tolist()) == [0, 2, 4]
         assert seen == [
@@ -443,7 +445,9 @@ def test_bad_records_fail_or_are_dropped(tmp_path):
     for options in ({}, {"streaming": True}, {"streaming": True, "cache_size": 0}):
         seen = []
         loader = DataLoaderFactory.create_loader(
-            path, DataConfig(invalid_records="drop", shuffle=False, **options), quarantine=seen.append
+            path,
+            DataConfig(invalid_records="drop", max_dropped_share=0.8, shuffle=False, **options),
+            quarantine=seen.append,
         )
         (batch,) = loader
         assert batch["index"].tolist() == [0, 8]
@@ -455,7 +459,7 @@ def test_bad_records_fail_or_are_dropped(tmp_path):
 def test_text_stays_aligned_after_drops(tmp_path):
     records = [{"input": "a" * i, "target": i % 3, "metadata": {"quality": i % 2}} for i in range(1, 30)]
     path = write_lines(tmp_path / "t.jsonl", records)
-    for batch in load(path, quality_threshold=0.5, batch_size=4):
+    for batch in load(path, quality_threshold=0.5, max_dropped_share=0.5, batch_size=4):
         assert ((batch["input"] != 0).sum(1) == batch["index"] + 1).all()
         assert (batch["target"] == (batch["index"] + 1) % 3).all()
         assert (batch["index"] % 2 == 0).all()

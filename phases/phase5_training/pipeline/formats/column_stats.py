@@ -50,11 +50,15 @@ class ColumnStats:
                 text = f"has {self.what} of shape {shape}, the first record {self.shape}"
                 return every_row(values, "shape", text + self._remedy(shape))
             self.ragged = True
+        if 0 in shape:
+            return every_row(values, "empty", f"has nothing in its {self.what} (shape {shape})")
         try:
             values = narrow(values)
         except ValueError as error:
             return every_row(values, "kind", f"has {error} in its {self.what}")
-        if values.dtype.kind == "f" and not np.isfinite(values.sum(dtype=np.float64)):
+        with np.errstate(invalid="ignore"):
+            sound = values.dtype.kind != "f" or bool(np.isfinite(values.sum(dtype=np.float64)))
+        if not sound:
             finite = np.isfinite(values).reshape(len(values), -1).all(1)
             text = f"has NaN or infinity (as float32) in its {self.what}"
             return {int(i): ("nonfinite", text) for i in np.flatnonzero(~finite)}

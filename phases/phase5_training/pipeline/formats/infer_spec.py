@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.column_stats import ColumnStats
 from phase5_training.pipeline.formats.source import Source, Tokenizer
-from phase5_training.pipeline.formats.spec import DataSpec, TargetSpec
+from phase5_training.pipeline.formats.spec import MAX_VOCABULARY, DataSpec, TargetSpec
 
 # More distinct labels than this, in more than half of the records, are free text.
 MAX_LABELS = 1000
@@ -104,6 +104,11 @@ class _Builder:
         }
         if kind == "tokens":
             vocab = self.seen.tokenizer.vocab_size if column.kind == "text" else self.seen.source.vocab_size
+            if vocab is None and column.high >= MAX_VOCABULARY:
+                raise DataError(
+                    f"{self.path}: holds {column.high} among whole numbers, more than any vocabulary "
+                    f"({MAX_VOCABULARY}); set input_kind='features' if they are quantities"
+                )
             if vocab is not None and column.high >= vocab:
                 raise DataError(
                     f"{self.path}: holds token {column.high}, but the vocabulary has {vocab} tokens"

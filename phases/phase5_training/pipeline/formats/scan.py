@@ -6,19 +6,24 @@ finite values, labels and the kinds of values, applies the quality threshold, an
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.column_stats import ColumnStats, Reason, every_row, is_text, label_text
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, as_rows
+from phase5_training.pipeline.formats.duplicates import Duplicates
 from phase5_training.pipeline.formats.infer_spec import build_spec
+from phase5_training.pipeline.formats.policies import CHECKS, Policy, policy_of
 from phase5_training.pipeline.formats.source import Source, Tokenizer
-from phase5_training.pipeline.formats.spec import IGNORED_LABEL, DataSpec
+from phase5_training.pipeline.formats.spec import IGNORED_LABEL, MAX_CLASSES, DataSpec, InputChoice
+
+MAX_DETAIL = 300  # characters of what is said about a record; a file may bring keys of any length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +32,13 @@ class ScanOptions:
 
     task: str | None = None
     quality_threshold: float = 0.0
-    invalid_records: Literal["fail", "drop"] = "fail"
-    input_kind: Literal["auto", "features", "tokens"] = "auto"
+    invalid_records: Policy = "fail"
+    input_kind: InputChoice = "auto"
     pad_id: int | None = None
     max_length: int | None = None
+    record_policies: Mapping[str, Policy] = field(default_factory=dict)
+    max_dropped_share: float = 1.0
+    num_classes: int | None = None
 
 
 @dataclass
@@ -56,7 +64,8 @@ class Scanner:
         self.target: dict[str, ColumnStats] | None = None
         self.named = False
         self.dropped: Counter[str] = Counter()
-        self.lost: list[int] = []
+        self.lost = array("q")
+        self.duplicates = Duplicates() if "duplicate" in options.record_policies else None
         self.truncated = self.without_quality = 0
 
     def _reasons(self, chunk: Columns, text: bool) -> dict[int, Reason]:
@@ -66,7 +75,7 @@ class Scanner:
             low = np.flatnonzero(chunk.quality < self.options.quality_threshold).tolist()
             limit = self.options.quality_threshold
             bad = {i: ("quality", f"has quality {chunk.quality[i]:g}, below {limit:g}") for i in low}
-        found = self.input.check(chunk.input, text)
+        found = self.input.check(chunk.input, text) | self._too_long(chunk)
         targets = _named(chunk.target)
         if self.target is None:
             self.target = {name: ColumnStats(_target_name(name)) for name in targets}
@@ -79,6 +88,14 @@ class Scanner:
         for name, values in targets.items():
             found |= self._target_reasons(self.target[name], values)
         return found | bad
+
+    def _too_long(self, chunk: Columns) -> dict[int, Reason]:
+        limit, values = self.options.max_length, chunk.input
+        if limit is None or "too_long" not in self.options.record_policies or not isinstance(values, Ragged):
+            return {}
+        lengths = values.lengths
+        rows = np.flatnonzero(lengths > limit + self._next_token(chunk)).tolist()
+        return {i: ("too_long", f"has {lengths[i]} tokens as input, max_length is {limit}") for i in rows}
 
     def _target_reasons(self, stats: ColumnStats, values: Values) -> dict[int, Reason]:
         found = stats.check(values)
@@ -95,10 +112,20 @@ class Scanner:
         if task == "classification" and values.dtype.kind == "f":
             broken = np.flatnonzero(values != np.floor(values)).tolist()
             found |= {i: ("label", f"has {what} {values[i]:g}, not a whole-numbered class") for i in broken}
+        if task == "classification" or values.dtype.kind in "iu":
+            found |= self._beyond(what, values)
         if values.dtype.kind in "iu":
             negative = np.flatnonzero((values < 0) & (values != IGNORED_LABEL)).tolist()
             found |= {i: ("label", f"has {what} {values[i]}; number the classes from 0") for i in negative}
         return found
+
+    def _beyond(self, what: str, values: np.ndarray) -> dict[int, Reason]:
+        """Labels that no class has: one of 10^12 would ask for as many outputs."""
+        stated = self.options.num_classes
+        rows = np.flatnonzero(values >= (stated or MAX_CLASSES)).tolist()
+        limit = f"num_classes is {stated}" if stated else f"more than {MAX_CLASSES} classes"
+        remedy = "" if stated else "; set task='regression' where it is a quantity"
+        return {i: ("label", f"has {what} {values[i]:g}, {limit}{remedy}") for i in rows}
 
     def run(self, quarantine: Callable[[dict[str, Any]], None] | None) -> Scan:
         """Walk through the source."""
@@ -116,19 +143,34 @@ class Scanner:
                 chunk = chunk.take(np.setdiff1d(np.arange(len(chunk)), list(bad)))
             kept += len(chunk)
             self._take_in(chunk, text)
+        for position, first in sorted((self.duplicates.repeated() if self.duplicates else {}).items()):
+            self._drop(position, "duplicate", f"is record {self.source.locate(first)[1]} again", quarantine)
+            kept -= 1
         records = len(self.source)
         if not kept:
             if not self.dropped:
                 raise DataError(f"{self.source.paths[0]}: the data set is empty; wanted at least one record")
             why = ", ".join(f"{name} {count}" for name, count in self.dropped.items())
             raise DataError(f"{self.source.paths[0]}: all {records} records were dropped ({why})")
+        self._check_share(records)
         keep = None
         if self.lost:
             mask = np.ones(records, bool)
-            mask[self.lost] = False
+            mask[np.frombuffer(self.lost, np.int64)] = False
             keep = np.flatnonzero(mask)
         spec = build_spec(self, kept)
         return Scan(spec, records, keep, dict(self.dropped), self.truncated, self.without_quality)
+
+    def _check_share(self, records: int) -> None:
+        lost, limit = len(self.lost), self.options.max_dropped_share
+        if lost <= limit * records:
+            return
+        why = ", ".join(f"{name} {count}" for name, count in self.dropped.most_common())
+        raise DataError(
+            f"{self.source.paths[0]}: {lost} of {records} records ({lost / records:.0%}) would be left out "
+            f"({why}), more than max_dropped_share={limit:g}; `forge inspect-data` lists them: mend them, or "
+            "allow a larger share"
+        )
 
     def _take_in(self, chunk: Columns, text: bool) -> None:
         quality = np.full(len(chunk), np.nan) if chunk.quality is None else chunk.quality
@@ -141,13 +183,18 @@ class Scanner:
         for name, values in _named(chunk.target).items():
             assert self.target is not None
             self.target[name].update(values)
+        if self.duplicates is not None:
+            self.duplicates.add(chunk)
 
     def _next_token(self, chunk: Columns) -> bool:
         return self.options.task == "next_token" or (self.options.task is None and chunk.target is None)
 
     def _drop(self, position: int, tag: str, sentence: str, quarantine: Callable | None) -> None:
+        assert tag in CHECKS
         file, index = self.source.locate(position)
-        if self.options.invalid_records == "fail" and tag != "quality":
+        if len(sentence) > MAX_DETAIL:
+            sentence = sentence[:MAX_DETAIL] + " ..."
+        if policy_of(tag, self.options.record_policies, self.options.invalid_records) == "fail":
             raise DataError(f"{file} record {index} {sentence}")
         self.dropped[tag] += 1
         self.lost.append(position)

@@ -8,9 +8,12 @@ from typing import Any, Literal
 from phase5_training.errors import UsageError, nearest_match
 
 InputKind = Literal["features", "tokens"]
+InputChoice = Literal["auto", "features", "tokens"]
 TargetKind = Literal["class", "tokens", "float", "multi"]
 TASKS = ("classification", "regression", "next_token", "multi_task")
 IGNORED_LABEL = -100  # cross entropy leaves these positions out
+MAX_CLASSES = 1 << 20  # of one target; a label beyond is a quantity or an accident
+MAX_VOCABULARY = 1 << 24  # token ids that no file declares
 
 
 @dataclass(frozen=True, kw_only=True)
