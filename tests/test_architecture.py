@@ -21,6 +21,7 @@ LEAVES = {
     for name in (
         "background",
         "batches",
+        "distributed",
         "errors",
         "events",
         "follow",

@@ -13,6 +13,7 @@ from phase5_training import hardware
 from phase5_training.batches import to_device
 from phase5_training.config import TrainingConfig
 from phase5_training.defaults import rates
+from phase5_training.distributed import Ranks
 from phase5_training.errors import UsageError
 from phase5_training.loop_config import LoopConfig
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
@@ -20,13 +21,20 @@ from phase5_training.modes import eval_mode
 from phase5_training.phases import Schedule, build_schedule
 from phase5_training.pipeline.bitnet_optimizer import check_optimizer_name
 from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.grokfast_trainer import GrokfastConfig
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
 from phase5_training.random_state import random_state, set_random_state
 
 
-def data_config(config: TrainingConfig, *, split: bool) -> DataConfig:
-    """How the data of a run are read; ``split`` says whether some are held out for validation."""
+def data_config(config: TrainingConfig, *, split: bool, ranks: Ranks | None = None) -> DataConfig:
+    """How the data of a run are read; ``split`` says whether some are held out for validation.
+
+    Each of several ranks reads its part of every batch.
+    """
+    ranks = ranks or Ranks()
     return DataConfig(
+        rank=ranks.rank,
+        world_size=ranks.world_size,
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         timeout=config.data_timeout,
@@ -63,7 +71,12 @@ def rates_of(config: TrainingConfig, optimizer: Any) -> tuple[float, float]:
 
 
 def validator_of(
-    model: nn.Module, spec: Any, device: torch.device, use_amp: bool, amp_dtype: torch.dtype
+    model: nn.Module,
+    spec: Any,
+    device: torch.device,
+    use_amp: bool,
+    amp_dtype: torch.dtype,
+    ranks: Ranks | None = None,
 ) -> RealTimeValidator:
     """What measures a model on data of ``spec``."""
     byte_tokens = spec.tokenizer in (None, "bytes")
@@ -74,6 +87,7 @@ def validator_of(
         use_amp=use_amp,
         amp_dtype=amp_dtype,
         bytes_per_token=1.0 if byte_tokens else None,
+        ranks=ranks,
     )
 
 
@@ -190,6 +204,28 @@ def loop_config(config: TrainingConfig, use_amp: bool, amp_dtype: torch.dtype) -
         max_nonfinite=config.max_nonfinite,
         loss_spikes=config.loss_spikes,
         spike_threshold=config.spike_threshold,
+    )
+
+
+def resolved_config(config: TrainingConfig, grokfast: GrokfastConfig | None, **found: Any) -> TrainingConfig:
+    """The options as config.yaml records them: what they left open is settled.
+
+    Args:
+        config: the options.
+        grokfast: the filter; None for none.
+        found: options by name, with the values that were settled.
+    """
+    return config.model_copy(
+        update={
+            **found,
+            "use_grokfast": grokfast is not None,
+            "grokfast_alpha": grokfast.alpha if grokfast else None,
+            "grokfast_lambda": grokfast.lambda_reg if grokfast else None,
+            "filter": grokfast.filter if grokfast else None,
+            "overwrite": False,
+            "auto_resume": False,
+            "resume_from": None,
+        }
     )
 
 

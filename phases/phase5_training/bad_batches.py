@@ -1,14 +1,17 @@
 """Batches whose loss or gradient was not finite, and losses far above those before them."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from phase5_training.distributed import Ranks
+from phase5_training.events import CallbackRegistry, Event
 from phase5_training.loop_config import LoopConfig
 
 WINDOW, LEAST = 100, 30  # losses that one is compared with, and how many there must be at least
@@ -145,6 +148,39 @@ class BatchWatch:
             rest = zip(pending["numbers"], samples, losses, flags, strict=True)
             self._steps = [(step, epoch, s, loss, flag) for (step, epoch, _), s, loss, flag in rest]
         self._losses, self.in_a_row = list(state["losses"]), state["in_a_row"]
+
+
+def of_all_ranks(bad: Sequence[BadBatch], ranks: Ranks) -> list[BadBatch]:
+    """The same batches, with the samples that other ranks had of them.
+
+    Args:
+        bad: found by this rank; the others found the same, since losses and flags are those of all.
+        ranks: those that share each batch.
+    """
+    if ranks.alone or not bad:
+        return list(bad)
+    samples = ranks.gathered([b.samples for b in bad])
+    # A resumed run knows the first rank's samples only, of the steps since the last look.
+    joined = (dict.fromkeys(itertools.chain.from_iterable(own)) for own in zip(*samples, strict=True))
+    return [replace(b, samples=list(own)) for b, own in zip(bad, joined, strict=True)]
+
+
+def tell(bad: Sequence[BadBatch], callbacks: CallbackRegistry, step: int, total: int) -> None:
+    """Fire the events of bad batches.
+
+    Args:
+        bad: found at this look.
+        callbacks: who is told.
+        step: the last one.
+        total: steps skipped so far in the run.
+    """
+    skipped, spikes = ([asdict(b) for b in bad if b.kind == kind] for kind in ("nonfinite", "spike"))
+    if skipped:
+        metrics = {"step": step, "skipped": len(skipped), "total": total, "batches": skipped}
+        callbacks.fire(Event.NONFINITE_STEP, step, metrics)
+    if spikes:
+        metrics = {"step": step, "spikes": len(spikes), "batches": spikes}
+        callbacks.fire(Event.LOSS_SPIKE, step, metrics)
 
 
 @dataclass(frozen=True, kw_only=True)

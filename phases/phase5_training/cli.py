@@ -1,5 +1,6 @@
 """The command line: parsing and exit codes. What the verbs do is in ``commands`` and ``demo``."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from phase5_training.errors import ForgeError, UsageError, nearest_match
+from phase5_training.errors import ForgeError, OtherRankFailed, UsageError, nearest_match
 from phase5_training.flags import Parser, add_config_flags, config_values
 from phase5_training.signals import Interrupted, Terminated
 
@@ -44,28 +45,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         # A package.module:function is looked for where the command is called, after all that is installed.
         sys.path.append(os.getcwd())
+    rank = int(os.environ.get("RANK", "0"))
+    name = f"forge (rank {rank})" if rank else "forge"
+    with contextlib.ExitStack() as inside:
+        if rank:  # of several processes the first speaks
+            inside.enter_context(contextlib.redirect_stdout(inside.enter_context(open(os.devnull, "w"))))
+        return _guarded(words, debug, name)
+
+
+def _guarded(words: Sequence[str], debug: bool, name: str) -> int:
+    """Call a verb; an error becomes one line that begins with ``name``, and an exit code."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             return _call(words)
+    except OtherRankFailed as error:
+        return error.exit_code
     except (ForgeError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
         else:
-            print(f"forge: {_one_line(error)}", file=sys.stderr)
+            print(f"{name}: {_one_line(error)}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except (Interrupted, Terminated) as stopped:
         _tell(stopped.result)
         return stopped.exit_code
     except KeyboardInterrupt:
-        print("forge: interrupted", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
             traceback.print_exc()
         else:
             kind = type(error).__name__
-            print(f"forge: unexpected {kind}: {_one_line(error)}; --debug shows where", file=sys.stderr)
+            print(f"{name}: unexpected {kind}: {_one_line(error)}; --debug shows where", file=sys.stderr)
         return 1
 
 
@@ -87,6 +100,8 @@ def _call(words: Sequence[str]) -> int:
 
 
 def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     print(f"forge: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 

@@ -37,6 +37,7 @@ RESUME_OPTIONS = (
     "progress",
     "trackers",
     "tracker_project",
+    "parallel",
 )
 
 Positive = Annotated[int, Field(ge=1)]
@@ -210,6 +211,10 @@ class TrainingConfig(BaseModel):
     """Robust z-score from which a loss is a spike."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Among the processes of torchrun: ddp gives each the whole model, fsdp a part; auto goes by size."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """Type in which processes exchange gradients; bf16 sends half the bytes."""
     compile: Switch = "auto"
     """Compile the model with torch.compile; auto does for long runs where a compiler is installed."""
     memory_budget: Annotated[float, Field(gt=0, le=1)] = 0.9

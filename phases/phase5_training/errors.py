@@ -66,6 +66,10 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
+class OtherRankFailed(RunFailed):
+    """What the first of several processes did for all failed there; it says why itself."""
+
+
 def nearest_match(name: str, choices: Iterable[str]) -> str | None:
     """The choice closest in spelling to ``name``, or None when nothing is near.
 

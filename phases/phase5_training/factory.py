@@ -3,7 +3,6 @@
 import asyncio
 import copy
 import threading
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,11 +24,11 @@ from phase5_training.assembly import (
     monitor_of,
     planned_steps,
     rates_of,
+    resolved_config,
     schedule_of,
     validator_of,
 )
 from phase5_training.callbacks import ReportRefresher
-from phase5_training.checkpoint import CheckpointStore
 from phase5_training.checks import check_optimizer, check_storable
 from phase5_training.config import (
     TrainingConfig,
@@ -40,10 +39,12 @@ from phase5_training.config import (
     record_of,
 )
 from phase5_training.defaults import grokfast_config
+from phase5_training.distributed import join
 from phase5_training.errors import DataError, ForgeError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
+from phase5_training.parallel import checkpoints_of, on_ranks, seen_by_all, spread
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
@@ -54,12 +55,11 @@ from phase5_training.quarantine import Quarantine
 from phase5_training.random_state import seed_everything
 from phase5_training.recorder import watch
 from phase5_training.records import RunDirectory, plain
-from phase5_training.restore import restore
+from phase5_training.restore import as_begun, restore
 from phase5_training.results import (
     TrainingResult,
     check_trained,
     end_notice,
-    has_failed,
     result_metrics,
     result_record,
 )
@@ -116,9 +116,10 @@ class TrainingPipeline:
         """
         if self.ready:
             return self
-        config = self.config = self._as_begun(self.config)
-        self.device = hardware.resolve_device(config.device)
-        use_amp, amp_dtype = hardware.resolve_amp(config.use_amp, config.amp_dtype, self.device)
+        self.ranks = ranks = join(self.config.device)
+        config = self.config = self._begin()
+        self.device = hardware.resolve_device(config.device, None if ranks.alone else ranks.local_rank)
+        use_amp, amp_dtype = ranks.chosen(hardware.resolve_amp(config.use_amp, config.amp_dtype, self.device))
         hardware.prepare_determinism(config.deterministic)
         hardware.keep_freed_memory(self.device)
         seed_everything(config.seed)
@@ -143,6 +144,11 @@ class TrainingPipeline:
         plan = schedule_of(config, total_steps)
         learning_rate, weight_decay = rates_of(config, self._given_optimizer)
         grokfast = grokfast_config(config)
+        compiled, why = self._compiles(first, total_steps)
+        run_model = hardware.compile_model(self.model, config.memory_budget) if compiled else self.model
+        if not ranks.alone:
+            run_model, notice = spread(self.model, run_model, self.loss, first, config, ranks, self.device)
+            self.notices.append(notice)
         inner = self._given_optimizer
         if isinstance(inner, str):
             inner = build_optimizer(
@@ -161,43 +167,33 @@ class TrainingPipeline:
             gradient_filter=gradient_filter,
             max_grad_norm=config.max_grad_norm if config.gradient_clipping else None,
         )
-        seconds = None
-        if config.compile == "auto":
-            seconds = estimated_seconds(config, self.model, first, total_steps, self.device)
-        compiled, why = hardware.resolve_compile(config.compile, self.device, seconds)
         self.notices.append(f"model {'compiled' if compiled else 'not compiled'}: {why}")
         monitor = monitor_of(config, self.spec.task, self.loss)
         self.run_directory = self._open_run()
-        self.resolved = config.model_copy(
-            update={
-                "learning_rate": learning_rate,
-                "weight_decay": weight_decay,
-                "use_grokfast": grokfast is not None,
-                "grokfast_alpha": grokfast.alpha if grokfast else None,
-                "grokfast_lambda": grokfast.lambda_reg if grokfast else None,
-                "filter": grokfast.filter if grokfast else None,
-                "use_amp": use_amp,
-                "compile": compiled,
-                "device": str(self.device),
-                "monitor": monitor,
-                "experiment_name": self.run_directory.path.name,
-                "overwrite": False,
-                "auto_resume": False,
-                "resume_from": None,
-            }
+        self.resolved = resolved_config(
+            config,
+            grokfast,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            use_amp=use_amp,
+            compile=compiled,
+            device=self.device.type if not ranks.alone else str(self.device),
+            monitor=monitor,
+            experiment_name=self.run_directory.path.name,
         )
         self.loop = TrainingLoop(
-            hardware.compile_model(self.model, config.memory_budget) if compiled else self.model,
+            run_model,
             self.optimizer,
             loop_config(config, use_amp, amp_dtype),
             scheduler=GrokfastScheduler(self.optimizer, plan),
             validator=validator,
             early_stopping=early_stopping_of(config, monitor) if validator is not None else None,
-            checkpoints=CheckpointStore(folder=self.run_directory.checkpoints, keep=config.keep_checkpoints),
+            checkpoints=checkpoints_of(self.run_directory.checkpoints, config.keep_checkpoints, ranks),
             callbacks=self.callbacks,
             device=self.device,
             scaler=torch.amp.GradScaler("cuda") if use_amp and amp_dtype == torch.float16 else None,
             named_model=self.model,
+            ranks=ranks,
         )
         self.total_steps = total_steps
         self._resume_or_begin()
@@ -205,7 +201,7 @@ class TrainingPipeline:
             self.run_directory.append_event(event)
         if gradient_filter is not None:
             gradient_filter.watch(self.callbacks)
-        if self._trial_of is None:
+        if self._trial_of is None and ranks.first:
             watch(self.callbacks, self.run_directory, config, total_steps)
         self.ready = True
         return self
@@ -218,6 +214,8 @@ class TrainingPipeline:
         """
         check_tunable(self.config, self._given_optimizer)
         if not hasattr(self, "train_loader"):
+            self.ranks = join(self.config.device)
+            on_ranks(self.config.model_copy(update={"learning_rate": "auto"}), self.ranks)
             self._open_data()
         return tune(self.config, planned_steps(self.config, self.train_loader), self._trial)
 
@@ -288,6 +286,13 @@ class TrainingPipeline:
 
     # -- parts of setup ------------------------------------------------------------------------
 
+    def _compiles(self, first: dict[str, Any], total_steps: int) -> tuple[bool, str]:
+        """Whether the model is compiled, and why."""
+        config, seconds = self.config, None
+        if config.compile == "auto":
+            seconds = estimated_seconds(config, self.model, first, total_steps, self.device)
+        return self.ranks.chosen(hardware.resolve_compile(config.compile, self.device, seconds))
+
     def _open_data(self) -> None:
         config, parent = self.config, self._trial_of
         if parent is not None:
@@ -296,7 +301,7 @@ class TrainingPipeline:
             return
         own_validation = self._given["val"] is not None
         ready_batches = not has_samples(self._given["train"])
-        data = data_config(config, split=not own_validation and not ready_batches)
+        data = data_config(config, split=not own_validation and not ready_batches, ranks=self.ranks)
         dropped = self._dropped = Quarantine()
         self.train_loader, self.val_loader = DataLoaderFactory.create_loaders(
             self._given["train"], data, quarantine=dropped.append
@@ -314,7 +319,7 @@ class TrainingPipeline:
     def _checked_validator(self, use_amp: bool, amp_dtype: torch.dtype) -> RealTimeValidator:
         config, loader = self.config, self.val_loader
         assert loader is not None
-        validator = validator_of(self.model, self.spec, self.device, use_amp, amp_dtype)
+        validator = validator_of(self.model, self.spec, self.device, use_amp, amp_dtype, self.ranks)
         if self._given["val"] is not None:
             try:
                 check_against_data(self.model, self.loss, loader.first(), loader.spec, self.device)
@@ -324,41 +329,29 @@ class TrainingPipeline:
             check_monitor(str(config.monitor), validator.validate_step(loader.first(), self.loss))
         return validator
 
-    def _as_begun(self, config: TrainingConfig) -> TrainingConfig:
-        """The configuration, with what an earlier session of the same run chose where it leaves a choice."""
-        name = config.experiment_name
-        run = RunDirectory(Path(config.output_dir) / name) if name else None
-        saved = run is not None and bool(CheckpointStore(folder=run.checkpoints).paths())
-        wanted = config.auto_resume or config.resume_from is not None
-        self._resuming = wanted and saved and run is not None and run.exists()
-        if config.resume_from is not None and not self._resuming:
-            raise UsageError(
-                f"resume_from={config.resume_from!r} is of no run that experiment_name names; give both"
-            )
-        # Before its first checkpoint a run has nothing to lose; that it has ended is known if it failed.
-        empty = run is not None and not saved and not run.best.is_dir()
-        self._afresh = empty and (config.auto_resume or has_failed(run))
-        if not self._resuming:
-            return config
-        assert run is not None
-        recorded = run.read_config()
-        names = [n for n in ("use_amp", "compile") if getattr(config, n) == "auto"]
-        names += [n for n in ("grokfast_alpha", "grokfast_lambda", "filter") if getattr(config, n) is None]
-        if isinstance(self._given_optimizer, str):
-            names += [n for n in ("learning_rate", "weight_decay") if getattr(config, n) in (None, "auto")]
-            if config.learning_rate == "auto":
-                names += ["optimizer", "use_grokfast"]
-                self._given_optimizer = recorded["optimizer"]
-        return config.model_copy(update={n: recorded[n] for n in names if n in recorded})
+    def _begin(self) -> TrainingConfig:
+        """The configuration, as an earlier session of the same run has settled it."""
+        named = isinstance(self._given_optimizer, str)
+        config = on_ranks(self.config, self.ranks)
+        begun = self.ranks.by_first(lambda: as_begun(config, named_optimizer=named))
+        self._resuming, self._afresh = begun.resuming, begun.afresh
+        if begun.optimizer is not None:
+            self._given_optimizer = begun.optimizer
+        return begun.config
 
     def _open_run(self) -> RunDirectory:
         config = self.config
-        return RunDirectory.create(
-            config.output_dir,
-            config.experiment_name or free_name(config.output_dir, self.model),
-            resume=self._resuming,
-            overwrite=(config.overwrite or self._afresh) and not self._resuming,
+        path = self.ranks.by_first(
+            lambda: (
+                RunDirectory.create(
+                    config.output_dir,
+                    config.experiment_name or free_name(config.output_dir, self.model),
+                    resume=self._resuming,
+                    overwrite=(config.overwrite or self._afresh) and not self._resuming,
+                ).path
+            )
         )
+        return seen_by_all(path, self.ranks)
 
     def _resume_or_begin(self) -> None:
         run = self.run_directory
@@ -416,7 +409,8 @@ class TrainingPipeline:
         data = {name: loader.description() for name, loader in loaders.items() if loader is not None}
         record = result_record(result, data=data, notices=self.notices, loss=self.loss)
         run.write_result({**record, "error": error} if error else record)
-        ReportRefresher(run).refresh(state.step)
+        if self.ranks.first:
+            ReportRefresher(run).refresh(state.step)
         return result
 
     def _finish(self, state: LoopState) -> None:
@@ -435,7 +429,7 @@ class TrainingPipeline:
         assert self.run_directory is not None
         run = self.run_directory
         try:
-            save_compressed_model(self.model, run.best, overwrite=True)
+            self.ranks.by_first(lambda: save_compressed_model(self.model, run.best, overwrite=True) and None)
         except OSError as error:
             raise RunFailed(
                 f"the model cannot be written to {run.best} ({error.strerror or error}), but the last "

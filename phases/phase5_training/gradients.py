@@ -1,5 +1,6 @@
 """The gradient of a batch, in micro-batches that fit in memory."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from phase5_training.batches import count_samples, micro_batches_of, to_device
+from phase5_training.distributed import Ranks
 from phase5_training.errors import RunFailed
 from phase5_training.protocols import Batch
 from phase5_training.random_state import random_state, set_random_state
@@ -24,8 +26,12 @@ class BatchGradient:
     smaller size. What a model counts in buffers (the running means of a BatchNorm) keeps the trace of the
     first try.
 
+    Among several ranks each has a part of the batch. The loss is the mean over all of it, and whether memory
+    ran out is agreed before the last backward, in which the gradients are exchanged.
+
     Args:
-        model: called as ``model(micro_batch["input"])``.
+        model: called as ``model(micro_batch["input"])``; one with ``no_sync`` exchanges its gradients in
+            backward.
         device: where micro-batches go.
         size: samples per forward; None takes the batch whole.
         amp_dtype: autocast to it; None for no autocast.
@@ -33,6 +39,8 @@ class BatchGradient:
         flag: looked at between micro-batches.
         count: called with the outputs and targets of each micro-batch.
         forget: each called when the batch is given up or begun again: what was counted and added is void.
+        ranks: those that share the batch.
+        sums: what ``count`` adds to, (n,) float64; added up over the ranks once for each batch.
     """
 
     def __init__(
@@ -46,10 +54,15 @@ class BatchGradient:
         flag: StopFlag,
         count: Callable[[Any, Any], None],
         forget: Sequence[Callable[[], None]],
+        ranks: Ranks | None = None,
+        sums: Sequence[Tensor] = (),
     ) -> None:
         self.model, self.device, self.size = model, device, size
+        self.samples = 0
+        """Samples of the last batch, those of all ranks."""
         self._amp_dtype, self._scaler = amp_dtype, scaler
         self._flag, self._count, self._forget = flag, count, forget
+        self._ranks, self._sums, self._agreed = ranks or Ranks(), sums, False
 
     def add(self, batch: Batch, loss_fn: Any) -> tuple[Tensor, bool | Tensor]:
         """Add the gradient of a batch.
@@ -68,14 +81,18 @@ class BatchGradient:
         before = random_state()
         while True:
             used = min(self.size or count_samples(batch), count_samples(batch))
+            self._agreed = False
             try:
                 return self._try(batch, loss_fn)
             except StopAsked:
                 self._give_up()
                 raise
+            except _OtherOutOfMemory:
+                pass
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
+                self._tell_the_others(error, used)
                 if used == 1:
                     raise RunFailed(
                         f"out of memory with one sample at a time ({_first_line(error)}); use a smaller "
@@ -86,29 +103,74 @@ class BatchGradient:
             set_random_state(before)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.size = -(-used // 2)
+            self.size = max(self._ranks.gathered(-(-used // 2)))
 
     def _give_up(self) -> None:
         for forget in self._forget:
             forget()
 
+    def _tell_the_others(self, error: RuntimeError, used: int) -> None:
+        """Let the other ranks know before their last backward, where they would wait for this one.
+
+        Raises:
+            RunFailed: they are in it already.
+        """
+        if self._ranks.alone:
+            return
+        if self._agreed or not hasattr(self.model, "no_sync"):
+            raise RunFailed(
+                f"out of memory on rank {self._ranks.rank} while the ranks exchange tensors "
+                f"({_first_line(error)}); go on with micro_batch_size={max(1, used // 2)}"
+            ) from error
+        self._ranks.add_up_([torch.zeros((), device=self.device), *self._sums], failed=True)
+
     def _try(self, batch: Batch, loss_fn: Any) -> tuple[Tensor, bool | Tensor]:
         micro_batches = micro_batches_of(batch, self.size)
         units = [loss_fn.units(m) for m in micro_batches]
-        total = sum(units)
+        total, self.samples, asked = self._ranks.totals(sum(units), count_samples(batch), self._flag.wished)
+        if asked:
+            self._flag.asked = True
         loss = torch.zeros((), device=self.device)
         for number, (micro_batch, own) in enumerate(zip(micro_batches, units, strict=True)):
             if number:
                 self._flag.look()
+            last = number == len(micro_batches) - 1
             micro_batch = to_device(micro_batch, self.device)
-            with torch.autocast(self.device.type, self._amp_dtype, enabled=self._amp_dtype is not None):
-                outputs = self.model(micro_batch["input"])
-                mean = loss_fn(outputs, micro_batch)
-            share = _share(mean, own, total)
-            (self._scaler.scale(share) if self._scaler else share).backward()
-            loss += share.detach()
-            self._count(outputs, micro_batch["target"])
+            with contextlib.nullcontext() if last else self._apart():
+                with torch.autocast(self.device.type, self._amp_dtype, enabled=self._amp_dtype is not None):
+                    outputs = self.model(micro_batch["input"])
+                    mean = loss_fn(outputs, micro_batch)
+                share = _share(mean, own, total)
+                loss += share.detach()
+                self._count(outputs, micro_batch["target"])
+                if last:
+                    self._agree(loss)
+                # Gradients are averaged over the ranks, and their sum is wanted.
+                share = share if self._ranks.alone else share * self._ranks.world_size
+                (self._scaler.scale(share) if self._scaler else share).backward()
+        if not self._ranks.alone and hasattr(loss_fn, "parameters"):
+            grads = [p.grad for p in loss_fn.parameters() if p.grad is not None]
+            for grad in grads:
+                self._ranks.add_up_([grad])
+                grad /= self._ranks.world_size
         return loss, total > 0
+
+    def _apart(self) -> contextlib.AbstractContextManager[None]:
+        """A forward and backward without the other ranks."""
+        own: Any = getattr(self.model, "no_sync", contextlib.nullcontext)
+        return own()
+
+    def _agree(self, loss: Tensor) -> None:
+        if self._ranks.alone:
+            return
+        failed = self._ranks.add_up_([loss, *self._sums])
+        if failed:
+            raise _OtherOutOfMemory
+        self._agreed = True
+
+
+class _OtherOutOfMemory(Exception):  # noqa: N818 - not of this rank
+    """Another rank has no memory for its part of the batch."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,8 +17,10 @@ from phase5_training.errors import UsageError
 COMPILE_PAYS_AFTER_SECONDS = 240.0
 
 
-def resolve_device(device: str) -> torch.device:
+def resolve_device(device: str, local_rank: int | None = None) -> torch.device:
     """The device that ``device`` names; "auto" is CUDA where there is one, else the CPU.
+
+    Of several processes on a machine each takes the GPU of its number, ``local_rank``.
 
     Raises:
         UsageError: the device does not exist here.
@@ -28,7 +30,9 @@ def resolve_device(device: str) -> torch.device:
         device(type='cpu')
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
     try:
         found = torch.device(device)
     except RuntimeError:

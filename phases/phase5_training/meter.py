@@ -36,7 +36,8 @@ class Meter:
         self._seconds, self._started = 0.0, 0.0
         self._window = torch.zeros(len(_FIGURES), dtype=torch.float64, device=device)
         self._epoch = torch.zeros_like(self._window)
-        self._correct = self._window.new_zeros(2)
+        self.correct = self._window.new_zeros(2)
+        """Right answers and answers of the batch in progress; several ranks add theirs up here."""
 
     def count_correct(self, outputs: Any, target: Any) -> None:
         """Count right answers of a micro-batch where the targets are classes; no wait for the device."""
@@ -46,11 +47,11 @@ class Meter:
         if target.is_floating_point() or logits.shape[:-1] != target.shape:
             return  # no classes in the last dimension: values, or segmentation with (n, classes, h, w)
         valid = target != IGNORE_INDEX
-        self._correct += torch.stack([((logits.detach().argmax(-1) == target) & valid).sum(), valid.sum()])
+        self.correct += torch.stack([((logits.detach().argmax(-1) == target) & valid).sum(), valid.sum()])
 
     def forget(self) -> None:
         """Drop what was counted of a batch whose step is not taken."""
-        self._correct.zero_()
+        self.correct.zero_()
 
     def add(self, loss: Tensor, nonfinite: Tensor, samples: int, *, counts: bool | Tensor = True) -> None:
         """Take one optimizer step: its () loss, whether it was skipped, and its samples.
@@ -62,13 +63,13 @@ class Meter:
             [
                 # A skipped step has no loss to average.
                 torch.stack([torch.where(nonfinite, 0.0, loss.double()), good]),
-                self._correct,
+                self.correct,
                 nonfinite.double()[None],
             ]
         )
         self._window += figures
         self._epoch += figures
-        self._correct.zero_()
+        self.correct.zero_()
         self.steps, self._samples = self.steps + 1, self._samples + samples
 
     def note_wait(self, seconds: float) -> None:
@@ -127,6 +128,21 @@ class Meter:
 
 def _ratio(total: float, count: float) -> float | None:
     return total / count if count else None
+
+
+def optimizer_figures(report: Any, zero_share: Tensor | None) -> dict[str, float | None]:
+    """A step's figures as numbers; waits for the device.
+
+    Args:
+        report: of the step, with ``grad_norm``, ``slow_ratio`` and ``flip_share``.
+        zero_share: share of zero codes.
+    """
+    return {
+        "grad_norm": float(report.grad_norm),
+        "slow_ratio": number(report.slow_ratio),
+        "zero_share": number(zero_share),
+        "flip_share": number(report.flip_share),
+    }
 
 
 def number(value: Tensor | None) -> float | None:

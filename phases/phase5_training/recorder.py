@@ -19,6 +19,16 @@ _NOTED = (
 )
 
 
+class SilentRun(RunDirectory):
+    """The folder of a run as all ranks but the first have it: read, never written."""
+
+    def _leave_out(self, *args: Any, **options: Any) -> Any:
+        """Nothing: the first rank writes it."""
+
+    append_metrics = append_event = append_quarantine = append_bad_batch = _leave_out
+    write_config = write_result = truncate_metrics = truncate_bad_batches = _leave_out
+
+
 class Recorder:
     """Rows of metrics.jsonl at each log, validation and end of an epoch; the rest goes to events.jsonl.
 

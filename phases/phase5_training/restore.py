@@ -1,13 +1,72 @@
 """Going on with a run from one of its checkpoints."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phase5_training.checkpoint import CheckpointStore
+from phase5_training.config import TrainingConfig
 from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss
 from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.records import RunDirectory
+from phase5_training.results import has_failed
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a run begins.
+
+    Args:
+        config: the options, with what an earlier session of the same run chose where they leave a choice.
+        resuming: it goes on from a checkpoint.
+        afresh: what is in its folder may be replaced.
+        optimizer: the name of the optimizer that the earlier session was tuned to; None for no such.
+    """
+
+    config: TrainingConfig
+    resuming: bool = False
+    afresh: bool = False
+    optimizer: str | None = None
+
+
+def as_begun(config: TrainingConfig, *, named_optimizer: bool) -> Beginning:
+    """Look at what an earlier session of the run left.
+
+    Args:
+        config: the options as given.
+        named_optimizer: the optimizer is given by name, and its rates by the options.
+
+    Raises:
+        UsageError: ``resume_from`` is of no run that ``experiment_name`` names.
+    """
+    name = config.experiment_name
+    run = RunDirectory(Path(config.output_dir) / name) if name else None
+    saved = run is not None and bool(CheckpointStore(folder=run.checkpoints).paths())
+    wanted = config.auto_resume or config.resume_from is not None
+    resuming = wanted and saved and run is not None and run.exists()
+    if config.resume_from is not None and not resuming:
+        raise UsageError(
+            f"resume_from={config.resume_from!r} is of no run that experiment_name names; give both"
+        )
+    # Before its first checkpoint a run has nothing to lose; that it has ended is known if it failed.
+    empty = run is not None and not saved and not run.best.is_dir()
+    afresh = empty and (config.auto_resume or has_failed(run))
+    if not resuming:
+        return Beginning(config, afresh=afresh)
+    assert run is not None
+    recorded = run.read_config()
+    names = [n for n in ("use_amp", "compile") if getattr(config, n) == "auto"]
+    names += [n for n in ("grokfast_alpha", "grokfast_lambda", "filter") if getattr(config, n) is None]
+    tuned_to = None
+    if named_optimizer:
+        names += [n for n in ("learning_rate", "weight_decay") if getattr(config, n) in (None, "auto")]
+        if config.learning_rate == "auto":
+            names += ["optimizer", "use_grokfast"]
+            tuned_to = recorded["optimizer"]
+    known = config.model_copy(update={n: recorded[n] for n in names if n in recorded})
+    return Beginning(known, resuming=True, optimizer=tuned_to)
 
 
 def restore(loop: TrainingLoop, loss: Loss, run: RunDirectory, chosen: str | None) -> list[str]:

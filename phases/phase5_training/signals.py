@@ -26,6 +26,19 @@ class StopFlag:
     def __init__(self) -> None:
         self.asked = False
 
+    @property
+    def wished(self) -> bool:
+        """What this process knows of a stop."""
+        return self.asked
+
+    def ask(self) -> None:
+        """Ask for a stop."""
+        self.asked = True
+
+    def clear(self) -> None:
+        """The stop is done."""
+        self.asked = False
+
     def look(self) -> None:
         """Leave what is being done, if the run is to stop.
 
@@ -34,6 +47,39 @@ class StopFlag:
         """
         if self.asked:
             raise StopAsked
+
+
+class SharedStopFlag(StopFlag):
+    """The flag of one rank among several, who stop together: after the step in which they agreed to.
+
+    Nothing is cut short, since the others would wait for what this rank leaves out.
+
+    Example:
+        >>> flag = SharedStopFlag()
+        >>> flag.ask()
+        >>> flag.look(), flag.asked, flag.wished
+        (None, False, True)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wished = False
+
+    @property
+    def wished(self) -> bool:
+        """What this process knows of a stop; the others learn of it at the next batch."""
+        return self._wished
+
+    def ask(self) -> None:
+        """Wish for a stop."""
+        self._wished = True
+
+    def clear(self) -> None:
+        """The stop is done."""
+        self.asked = self._wished = False
+
+    def look(self) -> None:
+        """Go on; see the class."""
 
 
 class StopAsked(BaseException):

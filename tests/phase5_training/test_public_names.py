@@ -57,7 +57,7 @@ use_grokfast grokfast_alpha grokfast_lambda filter grokfast_window grokfast_unit
 grokfast_warmup_steps grokfast_phase_gains grokfast_average schedule warmup_steps acceleration_steps
 consolidation_steps acceleration_multiplier consolidation_multiplier
 use_amp amp_dtype gradient_clipping max_grad_norm nonfinite max_nonfinite loss_spikes spike_threshold
-device compile memory_budget
+device parallel gradient_compression compile memory_budget
 eval_interval early_stopping patience monitor checkpoint_interval keep_checkpoints resume_from
 log_interval progress trackers tracker_project
 """

@@ -8,28 +8,27 @@ Nothing in a step waits for the device: losses are summed there and read at log 
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from phase5_training.bad_batches import BatchWatch, Trouble, judge
-from phase5_training.batches import count_samples
+from phase5_training.bad_batches import BatchWatch, Trouble, judge, of_all_ranks, tell
+from phase5_training.distributed import Ranks
 from phase5_training.errors import RunFailed, UsageError
 from phase5_training.events import CallbackRegistry, Event
 from phase5_training.feed import Feed, length, no_batch
 from phase5_training.gradients import BatchGradient
 from phase5_training.loop_config import LoopConfig
 from phase5_training.loop_state import LoopState
-from phase5_training.meter import Meter, memory_mb, number
+from phase5_training.meter import Meter, memory_mb, number, optimizer_figures
 from phase5_training.modes import training_modes
 from phase5_training.outputs import PlainLoss
 from phase5_training.protocols import Batch, Optimizes, Saves, Schedules, StopsEarly, Validates
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.saving import Saved, Saver
-from phase5_training.signals import StopAsked, StopFlag
+from phase5_training.signals import SharedStopFlag, StopAsked, StopFlag
 
 ROLLBACK_FACTOR = 0.5  # on the rate, at each return to a checkpoint
 MAX_ROLLBACKS = 3
@@ -53,7 +52,8 @@ class TrainingLoop:
         callbacks: fired at the events.
         device: where batches go.
         scaler: loss scaling for float16.
-        named_model: the module whose state is saved, when ``model`` is a compiled wrapper of it.
+        named_model: the module whose state is saved, when ``model`` is a wrapper of it.
+        ranks: the processes that train together, each on its part of every batch.
 
     Example:
         >>> from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
@@ -79,6 +79,7 @@ class TrainingLoop:
         device: torch.device | str = "cpu",
         scaler: torch.amp.GradScaler | None = None,
         named_model: nn.Module | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.optimizer, self.config = model, optimizer, config
         self.scheduler, self.validator, self.early_stopping = scheduler, validator, early_stopping
@@ -91,7 +92,10 @@ class TrainingLoop:
         self.state = LoopState()
         self.best_weights: dict[str, Tensor] | None = None
         self.best_loss_state: dict[str, Tensor] = {}
-        self._flag = StopFlag()
+        self._ranks = ranks or Ranks()
+        # Running means, as of a BatchNorm, differ from rank to rank until they are leveled.
+        self._buffers = [b for b in module.buffers() if b.is_floating_point() and b.dim()]
+        self._flag = StopFlag() if self._ranks.alone else SharedStopFlag()
         self._modes: dict[nn.Module, bool] = {}
         self._resumed_random: Mapping[str, Any] | None = None
         self._loss: Any = None
@@ -110,6 +114,8 @@ class TrainingLoop:
             flag=self._flag,
             count=self._meter.count_correct,
             forget=(self._meter.forget, optimizer.zero_grad),
+            ranks=self._ranks,
+            sums=(self._meter.correct,),
         )
 
     def train(
@@ -149,7 +155,7 @@ class TrainingLoop:
             raise
         finally:
             # Here and not at the start: a stop that came before the first step counts.
-            self._flag.asked = False
+            self._flag.clear()
             self.state.seconds = self._clock()
             reason = self.state.stop_reason or "failed"
             metrics = {"step": self.state.step, "stop_reason": reason, "elapsed_s": self._clock()}
@@ -181,7 +187,7 @@ class TrainingLoop:
         Safe from another thread and from the handler of a signal. What is cut short - a batch between two
         micro-batches, a validation, a wait for data - is done again, and the same, when the run goes on.
         """
-        self._flag.asked = True
+        self._flag.ask()
         self._feed.interrupt()
 
     def state_dict(self) -> dict[str, Any]:
@@ -279,12 +285,14 @@ class TrainingLoop:
         """One optimizer step on one batch, in micro-batches."""
         state, due = self.state, (self.state.step + 1) % self.config.log_interval == 0
         size = self._gradient.size
+        self._ranks.seed(state.step, self._ranks.rank)
         loss, counts = self._gradient.add(batch, self._loss)
         if self._gradient.size != size:
             self._note_smaller()
         if self.scaler:
             self.scaler.unscale_(self.optimizer)  # type: ignore[arg-type]
         self.optimizer.measure = due
+        self._ranks.seed(state.step)
         self.optimizer.step(loss=loss)
         if self.scaler:
             self.scaler.update()
@@ -294,7 +302,7 @@ class TrainingLoop:
             self.scheduler.step()
         if not state.step:
             self._first_loss = loss  # read at the first log: a step does not wait for the device
-        samples, skipped = count_samples(batch), self.optimizer.report.nonfinite
+        samples, skipped = self._gradient.samples, self.optimizer.report.nonfinite
         self._meter.add(loss, skipped, samples, counts=counts)
         state.step, state.batch, state.samples = state.step + 1, state.batch + 1, state.samples + samples
         index = batch.get("index")
@@ -332,7 +340,7 @@ class TrainingLoop:
             state.stop_reason = "interrupted"
         elif config.max_steps is not None and state.step >= config.max_steps:
             state.stop_reason = state.stop_reason or "max_steps"
-        elif config.max_seconds is not None and self._clock() >= config.max_seconds:
+        elif config.max_seconds is not None and self._ranks.any(self._clock() >= config.max_seconds):
             state.stop_reason = state.stop_reason or "max_seconds"
         return bool(state.stop_reason)
 
@@ -357,16 +365,12 @@ class TrainingLoop:
             return
         report = self.optimizer.report
         figures = meter.read(self._clock())
-        zero_share = self.optimizer.zero_share()
         row = {
             "step": state.step,
             "epoch": state.epoch,
-            "phase": self.state.phase,
+            "phase": state.phase,
             **figures,
-            "grad_norm": float(report.grad_norm),
-            "slow_ratio": number(report.slow_ratio),
-            "zero_share": number(zero_share),
-            "flip_share": number(report.flip_share),
+            **optimizer_figures(report, self.optimizer.zero_share()),
             "memory_mb": memory_mb(self.device),
             "elapsed_s": self._clock(),
         }
@@ -381,15 +385,9 @@ class TrainingLoop:
 
     def _report_bad(self, last: bool) -> None:
         """Report the bad batches since the last log, and do what the policies say."""
-        state, bad = self.state, self._watch.look(self.state.rollbacks)
-        skipped, spikes = ([asdict(b) for b in bad if b.kind == kind] for kind in ("nonfinite", "spike"))
-        if skipped:
-            counts = {"skipped": len(skipped), "total": state.nonfinite}
-            metrics = {"step": state.step, **counts, "batches": skipped}
-            self.callbacks.fire(Event.NONFINITE_STEP, state.step, metrics)
-        if spikes:
-            metrics = {"step": state.step, "spikes": len(spikes), "batches": spikes}
-            self.callbacks.fire(Event.LOSS_SPIKE, state.step, metrics)
+        state = self.state
+        bad = of_all_ranks(self._watch.look(state.rollbacks), self._ranks)
+        tell(bad, self.callbacks, state.step, state.nonfinite)
         trouble = judge(bad, self._watch.in_a_row, state.step, self.config)
         if trouble is None:
             return
@@ -429,6 +427,7 @@ class TrainingLoop:
             return
         # Validation takes time that is not training throughput.
         self._meter.pause(self._clock())
+        self._ranks.level_(self._buffers)
         self.callbacks.fire(Event.EVAL_START, state.step, {"step": state.step})
         figures = self.validator.run_validation(self._feed.until_stopped(val_loader), self._loss)
         state.note_validation(figures)
@@ -479,6 +478,7 @@ class TrainingLoop:
         state = self.state
         state.seconds = self._clock()
         self._meter.pause(state.seconds)
+        self._ranks.level_(self._buffers)
         self._saver.begin(self.state_dict(), state.step, self.suspect())
         self._meter.resume(self._clock())
 

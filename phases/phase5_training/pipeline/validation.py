@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from phase5_training.distributed import Ranks
 from phase5_training.errors import DataError, UsageError, nearest_match
 from phase5_training.modes import eval_mode
 from phase5_training.outputs import IGNORE_INDEX, count_units, unwrap_outputs
@@ -35,6 +36,7 @@ class RealTimeValidator:
         max_batches: stop a pass after so many batches; None takes them all.
         bytes_per_token: mean bytes of text behind one token: 1 for the byte vocabulary; None
             leaves bits_per_byte out.
+        ranks: processes that measure together, each its part of the batches; the figures are of all.
 
     Raises:
         UsageError: an unknown task, ``max_batches`` below 1, ``bytes_per_token`` not above 0.
@@ -57,6 +59,7 @@ class RealTimeValidator:
         amp_dtype: torch.dtype = torch.bfloat16,
         max_batches: int | None = None,
         bytes_per_token: float | None = 1.0,
+        ranks: Ranks | None = None,
     ) -> None:
         if task is not None and task not in TASKS:
             near = nearest_match(str(task), TASKS)
@@ -69,6 +72,7 @@ class RealTimeValidator:
         self.model, self.task, self.device = model, task, device
         self.use_amp, self.amp_dtype = use_amp, amp_dtype
         self.max_batches, self.bytes_per_token = max_batches, bytes_per_token
+        self.ranks = ranks or Ranks()
 
     def validate_step(self, batch: Mapping[str, Any], loss_fn: Callable[..., Tensor]) -> dict[str, Any]:
         """The figures of one batch, as :meth:`run_validation` gives them for a whole set."""
@@ -143,7 +147,7 @@ class RealTimeValidator:
             raise DataError(
                 "the validation set gave no batches; give it at least one sample, or no set at all"
             )
-        read = sums.read()
+        read = sums.read() if self.ranks.alone else sums.of_all(self.ranks)
         if not read["units"][0]:
             raise DataError(
                 f"none of the {sums.samples} validation samples has a valid target; not all may be -100"
@@ -295,6 +299,29 @@ class _Sums:
             else:
                 result[name] = [float(value)]
         return result
+
+    def of_all(self, ranks: Ranks) -> dict[str, list[float]]:
+        """:meth:`read` and the count of samples, over all ranks."""
+        shifts = {prefix: shift.tolist() for prefix, shift in self._shifts.items()}
+        parts = ranks.gathered((self.read(), shifts, self.samples))
+        total, common, self.samples = parts[0]
+        for own, own_shifts, samples in parts[1:]:
+            self.samples += samples
+            for prefix, shift in own_shifts.items():
+                _move_center(own, prefix, shift, common[prefix])
+            total = {name: [a + b for a, b in zip(total[name], own[name], strict=True)] for name in total}
+        return total
+
+
+def _move_center(sums: dict[str, list[float]], prefix: str, old: list[float], new: list[float]) -> None:
+    """Sums of targets around ``old``, and of their squares, as they are around ``new``; in place."""
+    rows = sums[f"{prefix}rows"][0]
+    by = [a - b for a, b in zip(old, new, strict=True)]
+    firsts, seconds = sums[f"{prefix}centered"], sums[f"{prefix}centered_squares"]
+    sums[f"{prefix}centered_squares"] = [
+        second + 2 * d * first + rows * d * d for second, first, d in zip(seconds, firsts, by, strict=True)
+    ]
+    sums[f"{prefix}centered"] = [first + rows * d for first, d in zip(firsts, by, strict=True)]
 
 
 def _regression(read: Mapping[str, list[float]], prefix: str) -> dict[str, float | None]:

@@ -1,0 +1,213 @@
+"""Several processes that train one model: who is who, what they agree on, and what they add up.
+
+torchrun starts the processes and tells each one its place in the environment. :class:`Ranks` is a process
+alone: it answers every question by itself and never touches torch.distributed. :class:`ProcessGroup` asks
+the others, so all of them have to ask the same questions in the same order.
+
+Only the first rank writes files and speaks on the console.
+"""
+
+import atexit
+import os
+import random
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from phase5_training.errors import ForgeError, OtherRankFailed
+
+T = TypeVar("T")
+Units = TypeVar("Units", int, Tensor, int | Tensor)
+
+# How long a rank waits for the others: a checkpoint may be written meanwhile.
+TIMEOUT = timedelta(minutes=30)
+
+
+class Ranks:
+    """One process alone.
+
+    Example:
+        >>> alone = Ranks()
+        >>> alone.first, alone.chosen("here"), alone.gathered(3), alone.totals(5, 4, False)
+        (True, 'here', [3], (5, 4, False))
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no others."""
+        return self.world_size == 1
+
+    def chosen(self, value: T) -> T:
+        """The first rank's value, on all ranks."""
+        return value
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` returned on the first rank, the only one that calls it.
+
+        Raises:
+            OtherRankFailed: on the other ranks, when it raised there.
+        """
+        return work()
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all ranks, by rank, on all of them."""
+        return [value]
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so on any rank."""
+        return value
+
+    def totals(self, units: Units, samples: int, asked: bool) -> tuple[Units, int, bool]:
+        """Units and samples of a batch over all ranks, and whether any was asked to stop."""
+        return units, samples, asked
+
+    def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> bool:
+        """Replace () or (n,) tensors by their sums over the ranks; returns whether any rank ``failed``."""
+        return failed
+
+    def level_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors by those of the first rank."""
+
+    def seed(self, *numbers: int) -> None:
+        """Seed all generators by these numbers; alone they run on, as in any program."""
+
+
+class ProcessGroup(Ranks):
+    """This process among the others of torch's default process group.
+
+    Tensors on a CPU travel by gloo, also beside CUDA, so that agreeing never waits for the device.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+
+    def chosen(self, value: T) -> T:
+        """See :class:`Ranks`."""
+        held = [value]
+        dist.broadcast_object_list(held, src=0)
+        return held[0]
+
+    def by_first(self, work: Callable[[], T]) -> T:
+        """See :class:`Ranks`."""
+        if not self.first:
+            done, value = self.chosen((False, None))
+            if not done:
+                raise OtherRankFailed(f"rank {self.rank} stops: the first rank failed and says why")
+            return value  # type: ignore[return-value]
+        try:
+            found = work()
+        except BaseException:
+            self.chosen((False, None))
+            raise
+        self.chosen((True, found))
+        return found
+
+    def gathered(self, value: T) -> list[T]:
+        """See :class:`Ranks`."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """See :class:`Ranks`."""
+        return bool(self._sum([value])[0])
+
+    def totals(self, units: Units, samples: int, asked: bool) -> tuple[Units, int, bool]:
+        """See :class:`Ranks`."""
+        total, all_samples, any_asked = self._sum([float(units), samples, asked])
+        whole: Any = torch.tensor(int(total)) if isinstance(units, Tensor) else int(total)
+        return whole, int(all_samples), bool(any_asked)
+
+    def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> bool:
+        """See :class:`Ranks`."""
+        on_host = all(t.device.type == "cpu" for t in tensors)
+        sums = torch.cat([t.detach().double().reshape(-1) for t in tensors])
+        if on_host:
+            sums = torch.cat([sums, torch.tensor([float(failed)], dtype=torch.float64)])
+        dist.all_reduce(sums)
+        for t, total in zip(tensors, sums.split([t.numel() for t in tensors] + [1] * on_host), strict=False):
+            t.copy_(total.view(t.shape))
+        # Read on the host: a sum that is on the device would be waited for.
+        return bool(sums[-1]) if on_host else self.any(failed)
+
+    def level_(self, tensors: Sequence[Tensor]) -> None:
+        """See :class:`Ranks`."""
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+    def seed(self, *numbers: int) -> None:
+        """See :class:`Ranks`."""
+        words = np.random.SeedSequence(numbers).generate_state(3)
+        random.seed(int(words[0]))
+        np.random.seed(int(words[1]))
+        torch.manual_seed(int(words[2]))
+
+    def _sum(self, values: Sequence[float]) -> list[float]:
+        sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
+        dist.all_reduce(sums)
+        return sums.tolist()
+
+
+def launched() -> tuple[int, int]:
+    """(rank, number of ranks) as torchrun gives them; (0, 1) for a process that was started by itself.
+
+    Raises:
+        ForgeError: the environment names ranks and not where to meet.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
+        raise ForgeError(
+            f"WORLD_SIZE={world} and no RANK or MASTER_ADDR: start the processes with "
+            "`torchrun --nproc-per-node N -m phase5_training train config.yaml`"
+        )
+    return int(os.environ.get("RANK", "0")) if world > 1 else 0, world
+
+
+def join(device: str = "auto") -> Ranks:
+    """The ranks that torchrun started this process among; meets the others at the first call.
+
+    Args:
+        device: the configuration's; with CUDA each rank takes the GPU of its place on the machine.
+
+    Raises:
+        ForgeError: see :func:`launched`.
+    """
+    if launched()[1] == 1 and not dist.is_initialized():
+        return Ranks()
+    if not dist.is_initialized():
+        cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        atexit.register(_leave)
+    return ProcessGroup() if dist.get_world_size() > 1 else Ranks()
+
+
+def restarted() -> bool:
+    """Whether torchrun has started this process in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def may_restart() -> bool:
+    """Whether torchrun will start the processes again when one dies."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
