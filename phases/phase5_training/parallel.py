@@ -1,5 +1,6 @@
 """How a model is spread over the ranks of a run: copies with averaged gradients (DDP), or parts (FSDP2)."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ from phase5_training.modes import eval_mode
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.recorder import SilentRun
 from phase5_training.records import RunDirectory
+
+# Codes are derived on each rank from latents that are the same, and the loop levels the other buffers. The
+# option has another name from torch 2.13 on.
+_OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
 
 
 def on_ranks(config: TrainingConfig, ranks: Ranks) -> TrainingConfig:
@@ -81,8 +87,7 @@ def spread(
     spread_model = DistributedDataParallel(
         called,
         device_ids=[device.index] if device.type == "cuda" else None,
-        # Codes are derived on each rank from latents that are the same; the loop levels the other buffers.
-        broadcast_buffers=False,
+        **{_SYNC_BUFFERS: False},
         gradient_as_bucket_view=True,
         find_unused_parameters=unused,
     )
