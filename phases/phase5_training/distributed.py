@@ -193,14 +193,23 @@ def join(device: str = "auto") -> Ranks:
         cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # After a restart torchrun's store still holds where the dead processes listened.
+        own = dist.PrefixStore(f"forge/{restarts()}/{world_size}", store)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=own,
+            rank=rank,
+            world_size=world_size,
+            timeout=TIMEOUT,
+        )
         atexit.register(_leave)
     return ProcessGroup() if dist.get_world_size() > 1 else Ranks()
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process in place of one that died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def restarts() -> int:
+    """How often torchrun has started the processes again after one died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def may_restart() -> bool:

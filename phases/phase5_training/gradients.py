@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phase5_training.batches import count_samples, micro_batches_of, to_device
+from phase5_training.batches import count_samples, micro_batches_of, rows_of, to_device
 from phase5_training.distributed import Ranks
 from phase5_training.errors import RunFailed
 from phase5_training.protocols import Batch
@@ -81,7 +81,7 @@ class BatchGradient:
         before = random_state()
         while True:
             used = min(self.size or count_samples(batch), count_samples(batch))
-            self._agreed = False
+            self._agreed = mine = False
             try:
                 return self._try(batch, loss_fn)
             except StopAsked:
@@ -98,7 +98,10 @@ class BatchGradient:
                         f"out of memory with one sample at a time ({_first_line(error)}); use a smaller "
                         "model or shorter samples, or max_length"
                     ) from error
+                mine = True
             # Not in the handler, whose traceback holds the tensors of the try.
+            if mine and not self._ranks.alone:
+                self._end_exchange(batch, loss_fn)
             self._give_up()
             set_random_state(before)
             if self.device.type == "cuda":
@@ -124,6 +127,11 @@ class BatchGradient:
             ) from error
         self._ranks.add_up_([torch.zeros((), device=self.device), *self._sums], failed=True)
 
+    def _end_exchange(self, batch: Batch, loss_fn: Any) -> None:
+        """Take part in the exchange of gradients that the others have begun, with zeros."""
+        one = to_device({key: rows_of(part, slice(0, 1)) for key, part in batch.items()}, self.device)
+        (loss_fn(self.model(one["input"]), one) * 0).backward()
+
     def _try(self, batch: Batch, loss_fn: Any) -> tuple[Tensor, bool | Tensor]:
         micro_batches = micro_batches_of(batch, self.size)
         units = [loss_fn.units(m) for m in micro_batches]
@@ -144,7 +152,7 @@ class BatchGradient:
                 loss += share.detach()
                 self._count(outputs, micro_batch["target"])
                 if last:
-                    self._agree(loss)
+                    self._agree(loss, share)
                 # Gradients are averaged over the ranks, and their sum is wanted.
                 share = share if self._ranks.alone else share * self._ranks.world_size
                 (self._scaler.scale(share) if self._scaler else share).backward()
@@ -160,13 +168,19 @@ class BatchGradient:
         own: Any = getattr(self.model, "no_sync", contextlib.nullcontext)
         return own()
 
-    def _agree(self, loss: Tensor) -> None:
+    def _agree(self, loss: Tensor, share: Tensor) -> None:
+        """Before the last backward: add up the loss over the ranks.
+
+        Raises:
+            _OtherOutOfMemory: a rank has no gradient to exchange.
+        """
         if self._ranks.alone:
             return
-        failed = self._ranks.add_up_([loss, *self._sums])
-        if failed:
-            raise _OtherOutOfMemory
         self._agreed = True
+        if self._ranks.add_up_([loss, *self._sums]):
+            # The forward has begun an exchange, which torch lets nobody leave.
+            (share * 0).backward()
+            raise _OtherOutOfMemory
 
 
 class _OtherOutOfMemory(Exception):  # noqa: N818 - not of this rank

@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from phase5_training.background import BackgroundTask
 from phase5_training.batches import rows_of, to_device
 from phase5_training.checkpoint import CheckpointStore, load_checkpoint
 from phase5_training.config import TrainingConfig
-from phase5_training.distributed import Ranks, may_restart, restarted
+from phase5_training.distributed import Ranks, may_restart, restarts
 from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss
 from phase5_training.modes import eval_mode
@@ -37,7 +38,7 @@ def on_ranks(config: TrainingConfig, ranks: Ranks) -> TrainingConfig:
     Raises:
         UsageError: what cannot be done by several processes.
     """
-    if restarted():
+    if restarts():
         # torchrun began again after a rank died: nothing may be deleted, and nothing gone back to.
         config = config.model_copy(update={"auto_resume": True, "overwrite": False, "resume_from": None})
     if may_restart() and config.experiment_name is None:
@@ -94,14 +95,20 @@ def spread(
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     width = 4
     if config.gradient_compression == "bf16":
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-
-        spread_model.register_comm_hook(None, bf16_compress_hook)
+        spread_model.register_comm_hook(None, _in_bfloat16)
         width = 2
     return spread_model, (
         f"{ranks.world_size} ranks, each with the whole model (ddp); {size * width / 1e6:.3g} MB of "
         f"{'bfloat16' if width == 2 else 'float32'} gradients a step are added up"
     )
+
+
+def _in_bfloat16(group: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket of gradients in bfloat16; torch's own hook does so with NCCL only."""
+    whole = bucket.buffer()
+    sent = whole.to(torch.bfloat16).div_(dist.get_world_size())
+    done = dist.all_reduce(sent, async_op=True).get_future()
+    return done.then(lambda summed: whole.copy_(summed.value()[0]))
 
 
 def unused_parameters(

@@ -1,0 +1,194 @@
+"""What the tests of several processes have them do; torchrun calls this file, once for many jobs.
+
+    torchrun --nproc-per-node N jobs.py FOLDER MODE JOB ...
+
+Each rank writes what its jobs returned to FOLDER/MODE-rank-R.json. MODE is ddp or fsdp.
+"""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from phase5_training import create_training_pipeline, report
+from phase5_training.distributed import join
+
+RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+STEPS = 50
+
+
+class Rows(torch.utils.data.TensorDataset):
+    """Rows of numbers whose targets a linear rule gives."""
+
+
+def rows(kind: str, n: int, seed: int) -> Rows:
+    """Features, with classes or numbers that a linear rule gives."""
+    x = torch.randn(n, 12, generator=torch.Generator().manual_seed(seed))
+    rule = torch.randn(12, 3, generator=torch.Generator().manual_seed(7))
+    return Rows(x, (x @ rule).argmax(1) if kind == "classes" else (x @ rule)[:, :2] + 50)
+
+
+def sentences(folder: Path, n: int, seed: int) -> str:
+    """A file of token lists of 2 to 9 tokens; each rank writes its own copy."""
+    draw = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 10, (n,), generator=draw).tolist()
+    samples = [{"input": torch.randint(1, 16, (m,), generator=draw).tolist()} for m in lengths]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f"tokens-{seed}-{RANK}.json"
+    path.write_text(json.dumps({"samples": [{"input": [15, 15]}, *samples]}))
+    return str(path)
+
+
+def pipeline(folder: Path, mode: str, kind: str = "classes", **options):
+    """A run whose 1, 2 and 4 ranks see the same batches of 24, the last of an epoch with 14 samples."""
+    settings = {
+        "experiment_name": "run", "output_dir": str(folder), "max_steps": STEPS, "epochs": 100,
+        "batch_size": 24, "learning_rate": 0.01, "optimizer": "adamw", "grokfast_alpha": 0.9,
+        "grokfast_lambda": 0.5, "log_interval": 1, "eval_interval": 25, "checkpoint_interval": 20,
+        "backward": "float32", "use_amp": False, "compile": False, "device": "cpu", "progress": "quiet",
+        "parallel": mode, "overwrite": True, "early_stopping": False,
+    }  # fmt: skip
+    if kind == "tokens":
+        settings |= {"model_options": {"dim": 16, "layers": 2, "heads": 2}, "pad_id": 0}
+        data = [sentences(folder, 109, 0), sentences(folder, 49, 1)]
+    else:
+        data = [rows(kind, 110, 0), rows(kind, 50, 1)]
+        if "model" not in options:
+            settings["model_options"] = {"hidden": [32, 32]}
+    return create_training_pipeline(options.pop("model", "auto"), *data, **{**settings, **options})
+
+
+def figures(made) -> dict:
+    """What a run of ``made`` gave: losses of every step, validation figures, and a sum over its weights."""
+    losses, validation, norms = [], [], []
+
+    def log(step, metrics):
+        losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
+
+    def validated(step, metrics):
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+        validation.append({k: v for k, v in numbers.items() if k not in ("elapsed_s", "improved")})
+
+    made.register_callback("log", log)
+    made.register_callback("eval_end", validated)
+    result = made.run()
+    weights = {k: v.double() for k, v in result.model.state_dict().items()} if RANK == 0 else {}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "validation": validation,
+        "weights": {k: v.sum().item() for k, v in weights.items()},
+        "steps": result.metrics["steps"],
+        "stop_reason": result.stop_reason,
+        "samples": result.metrics["samples"],
+    }
+
+
+def equal(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode))
+
+
+def again(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode))
+
+
+def numbers(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode, "numbers"))
+
+
+def tokens(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode, "tokens"))
+
+
+def micro(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode, micro_batch_size=4))
+
+
+def muon(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode, optimizer="muon"))
+
+
+def bf16(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode, gradient_compression="bf16"))
+
+
+def stopped(folder: Path, mode: str) -> dict:
+    """The last rank alone asks for a stop after step 7; the run then goes on to its end."""
+    made = pipeline(folder, mode)
+    if RANK == WORLD - 1:
+        made.register_callback("step_end", lambda step, m: made.stop() if step == 7 else None)
+    first = figures(made)
+    rest = figures(pipeline(folder, mode, overwrite=False, auto_resume=True))
+    return {"first": first, "rest": rest}
+
+
+def half(folder: Path, mode: str) -> dict:
+    """Half a run, for other numbers of ranks to go on with."""
+    made = pipeline(folder, mode)
+    made.register_callback("step_end", lambda step, m: made.stop() if step == 24 + (WORLD == 1) else None)
+    return figures(made)
+
+
+def rest(folder: Path, mode: str) -> dict:
+    """The other half of a run whose folder is beside this one's."""
+    if RANK == 0:
+        shutil.copytree(folder.parent / "half", folder, dirs_exist_ok=True)
+    join().by_first(lambda: None)
+    return figures(pipeline(folder, mode, overwrite=False, auto_resume=True))
+
+
+class Troubled(nn.Module):
+    """A network with trouble on the last rank from its ``at``-th step on.
+
+    It has no memory for more than ``fits`` samples, or ``gives`` nan at that step alone.
+    """
+
+    def __init__(self, at: int = 10**6, fits: int = 10**6, gives: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 3))
+        self.at, self.fits, self.gives, self.seen = at, fits, gives, 0
+
+    def forward(self, x):
+        if not self.training or RANK < WORLD - 1:
+            return self.net(x)
+        self.seen += 1
+        if self.seen >= self.at and len(x) > self.fits:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+        return self.net(x) * (self.gives if self.seen == self.at else 1.0)
+
+
+def memory(folder: Path, mode: str) -> dict:
+    plain = figures(pipeline(folder / "plain", mode, model=Troubled()))
+    sizes = []
+    made = pipeline(folder / "short", mode, model=Troubled(at=5, fits=2))
+    made.register_callback("out_of_memory", lambda step, m: sizes.append([step, m["micro_batch_size"]]))
+    return {"plain": plain, "short": figures(made), "sizes": sizes}
+
+
+def nonfinite(folder: Path, mode: str) -> dict:
+    made = pipeline(folder, mode, model=Troubled(at=3, gives=float("nan")), shuffle=False)
+    told = []
+    made.register_callback("nonfinite_step", lambda step, m: told.extend(m["batches"]))
+    return {**figures(made), "told": told}
+
+
+def main() -> None:
+    folder, mode, *names = sys.argv[1:]
+    report.write_report = lambda runs, output=None: Path()  # most of the time of a tiny run
+    found = {}
+    for name in names:
+        place = Path(folder) / f"{mode}-{WORLD}" / name
+        if RANK == 0:
+            place.mkdir(parents=True, exist_ok=True)
+        found[name] = globals()[name](place, mode)
+    (Path(folder) / f"{mode}-{WORLD}-rank-{RANK}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
