@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from phase5_training.errors import ForgeError, OtherRankFailed
 
@@ -193,9 +195,9 @@ def join(device: str = "auto") -> Ranks:
         cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
         # After a restart torchrun's store still holds where the dead processes listened.
-        own = dist.PrefixStore(f"forge/{restarts()}/{world_size}", store)
+        own = PrefixStore(f"forge/{restarts()}/{world_size}", store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=own,

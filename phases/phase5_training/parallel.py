@@ -26,6 +26,7 @@ from phase5_training.records import RunDirectory
 # option has another name from torch 2.13 on.
 _OPTIONS = inspect.signature(DistributedDataParallel.__init__).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
+_LEAVE_BUFFERS: dict[str, Any] = {_SYNC_BUFFERS: False}
 
 
 def on_ranks(config: TrainingConfig, ranks: Ranks) -> TrainingConfig:
@@ -88,7 +89,7 @@ def spread(
     spread_model = DistributedDataParallel(
         called,
         device_ids=[device.index] if device.type == "cuda" else None,
-        **{_SYNC_BUFFERS: False},
+        **_LEAVE_BUFFERS,
         gradient_as_bucket_view=True,
         find_unused_parameters=unused,
     )
@@ -103,7 +104,7 @@ def spread(
     )
 
 
-def _in_bfloat16(group: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _in_bfloat16(group: None, bucket: Any) -> torch.futures.Future[Tensor]:
     """Average a bucket of gradients in bfloat16; torch's own hook does so with NCCL only."""
     whole = bucket.buffer()
     sent = whole.to(torch.bfloat16).div_(dist.get_world_size())
