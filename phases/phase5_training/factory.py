@@ -1,6 +1,7 @@
 """The one place where the parts of a run are put together."""
 
 import asyncio
+import contextlib
 import copy
 import threading
 from typing import Any
@@ -63,7 +64,7 @@ from phase5_training.results import (
     result_metrics,
     result_record,
 )
-from phase5_training.signals import stop_on_signals, stop_on_sigterm, stopped_by
+from phase5_training.signals import end_when_stuck, stop_on_signals, stop_on_sigterm, stopped_by
 from phase5_training.tune import Tuning, check_tunable, tune
 
 
@@ -247,7 +248,11 @@ class TrainingPipeline:
             if self._stopping:
                 self.loop.stop()
             deterministic = hardware.deterministic_kernels(self.config.deterministic)
-            with deterministic, stop_on_signals(self.loop.stop) as signals:
+            with contextlib.ExitStack() as inside:
+                inside.enter_context(deterministic)
+                signals = inside.enter_context(stop_on_signals(self.loop.stop))
+                if not self.ranks.alone:
+                    inside.enter_context(end_when_stuck(signals))
                 result = self._run()
         finally:
             self._stopping = False

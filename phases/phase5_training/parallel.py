@@ -104,7 +104,10 @@ def spread(
     )
 
 
-def _in_bfloat16(group: None, bucket: Any) -> torch.futures.Future[Tensor]:
+def _in_bfloat16(
+    group: None,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
     """Average a bucket of gradients in bfloat16; torch's own hook does so with NCCL only."""
     whole = bucket.buffer()
     sent = whole.to(torch.bfloat16).div_(dist.get_world_size())

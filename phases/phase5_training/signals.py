@@ -2,15 +2,18 @@
 
 import asyncio
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 # What a terminal or a connection that goes away sends, by the shell and by the system: a second one says
 # nothing new. Windows has none.
 _HANGUP: int | None = getattr(signal, "SIGHUP", None)
+GRACE_SECONDS = 10.0  # that a rank may wait inside torch after SIGTERM, of torchrun's 30
 _ENDING = tuple(number for number in (signal.SIGTERM, _HANGUP) if number is not None)
 
 
@@ -156,6 +159,45 @@ def stop_on_signals(stop: Callable[[], None]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def end_when_stuck(handled: Sequence[int], grace: float = GRACE_SECONDS) -> Iterator[None]:
+    """While inside, a SIGTERM that is not handled within ``grace`` seconds ends the process.
+
+    A rank that waits inside torch for one that has died handles no signal; torchrun ends it by force after 30
+    seconds, and only then starts the ranks again. Does nothing outside the main thread.
+
+    Args:
+        handled: what :func:`stop_on_signals` yields.
+        grace: seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python writes the number of a signal there at once, and calls its handler when the main thread is back.
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        number = b" "
+        while number and number[0] != signal.SIGTERM:
+            number = os.read(reader, 1)
+        since = time.monotonic()
+        while number and not over.wait(0.05) and signal.SIGTERM not in handled:
+            if time.monotonic() - since > grace:
+                os._exit(128 + signal.SIGTERM)
+        os.close(reader)
+
+    over = threading.Event()
+    threading.Thread(target=watch, name="forge-stuck", daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        over.set()
+        os.close(writer)
 
 
 @contextlib.contextmanager

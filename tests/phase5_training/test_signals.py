@@ -1,6 +1,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -119,3 +121,26 @@ def test_what_is_raised_once_the_run_is_saved(number, kind, code):
         assert isinstance(error, kind)
         assert (str(error), error.exit_code, error.result) == (words, code, result)
     assert getattr(error, "code", code) == code
+
+
+STUCK = """
+import ctypes, os, signal, sys, threading, time
+from phase5_training.signals import end_when_stuck, stop_on_signals
+lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+with stop_on_signals(lambda: None) as handled, end_when_stuck(handled, grace=0.5):
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        BODY
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(("body", "code"), [("lock(mutex)", 143), ("time.sleep(0.1)", 0)])
+def test_a_process_that_is_stuck_outside_python_ends_at_sigterm_and_one_that_moves_goes_on(body, code):
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK.replace("BODY", body)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr.decode()
+    assert (b"went on" in done.stdout) == (code == 0)
