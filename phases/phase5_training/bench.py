@@ -293,14 +293,14 @@ def tune_to_target(
 
 
 def best_of(rows: Sequence[Row], targets: Sequence[float]) -> Row:
-    """The run that held the target in the fewest steps, or came to the best held figure where none did.
+    """The run that held the target soonest, or came to the best held figure where none held it.
 
     Raises:
         UsageError: no run has four evaluations.
     """
     for target in targets:
         times = [(bench_summary.time_to(row["curve"], target, higher=row["higher"]), row) for row in rows]
-        reached = [(time[0], row) for time, row in times if time]
+        reached = [(time[1], row) for time, row in times if time]
         if reached:
             return min(reached, key=lambda pair: pair[0])[1]
     levels = [(bench_summary.held_level(row["curve"], higher=row["higher"]), row) for row in rows]

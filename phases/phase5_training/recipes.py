@@ -30,8 +30,13 @@ _NO_FILTER: Options = {"use_grokfast": False}
 _FLOAT: Options = {"use_bitnet": False}
 _INT8: Options = {"backward": "int8"}
 _NO_INT8: Options = {"backward": "float32", "activation_bits": None}
-# Rates that tuning tries; as many for each optimizer, so that the budgets are equal.
-RATES = {"adamw": (3e-4, 1e-3, 3e-3, 6e-3), "muon": (1e-3, 3e-3, 1e-2, 3e-2)}
+# Optimizers and rates that tuning tries; as many for each kind of recipe, so that the budgets are equal.
+# Forge chooses its optimizer as well: a step of Muon costs more, in a small network many times more.
+RATES: dict[str, tuple[tuple[str, float], ...]] = {
+    "adamw": tuple(("adamw", rate) for rate in (3e-4, 1e-3, 3e-3, 6e-3)),
+    "muon": tuple(("muon", rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)),
+    "auto": (("muon", 3e-3), ("muon", 1.5e-2), ("adamw", 1e-3), ("adamw", 4e-3)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +133,8 @@ class BenchTask:
         task: name in ``tasks.TASKS``. task_options: of its function.
         options: of every run, whatever the recipe.
         tuned_schedule: shape of the rate for every recipe that is tuned.
-        decays: that tuning tries.
+        decays: that tuning tries. lengths: of the run that tuning tries, as shares of its max_steps; the
+            rate falls to its end in each, so a run cut short is no substitute.
         targets: figures to reach, or the name of a recipe whose held figure is the target.
         delayed: generalization comes long after the fit, so short trials show nothing.
     """
@@ -138,6 +144,7 @@ class BenchTask:
     options: Options
     tuned_schedule: str = "linear"
     decays: tuple[float, ...] = (0.1,)
+    lengths: tuple[float, ...] = (1.0,)
     targets: tuple[float | str, ...] = (0.95, 0.99)
     delayed: bool = False
 
@@ -176,6 +183,7 @@ TASKS: dict[str, BenchTask] = {
         task_options={"validation_share": 0.4},
         options={**_DIGITS, "max_steps": 510, "eval_interval": 17},
         decays=(0.01, 0.1, 1.0),
+        lengths=(1.0, 0.5),
     ),
     "digits_small": BenchTask(
         task="digits",
@@ -187,15 +195,16 @@ TASKS: dict[str, BenchTask] = {
     ),
     "python_text": BenchTask(
         task="python_text",
-        task_options={"max_bytes": 4_000_000},
+        task_options={"max_bytes": 4_000_000, "validation_share": 0.05},
         options={
             "model": "decoder",
             "model_options": {"dim": 128, "layers": 4, "heads": 4},
             "batch_size": 16,
             "max_length": 128,
-            "max_steps": 1800,
-            "eval_interval": 100,
+            "max_steps": 1000,
+            "eval_interval": 50,
         },
+        lengths=(1.0, 0.5),
         targets=("float", "float_muon"),
     ),
     "breast_cancer": _table("breast_cancer", (0.95, "float")),
@@ -241,18 +250,19 @@ BUILT_IN: dict[tuple[str, str], Tuned] = {
 
 
 def grid(recipe: Recipe, task: BenchTask) -> list[Options]:
-    """What tuning tries for a recipe on a built-in task: every rate of its optimizer with every decay."""
-    name = recipe.options["optimizer"]
-    name = "muon" if name == "auto" else name
+    """What tuning tries for a recipe on a built-in task: every rate of its optimizer, decay and length."""
     return [
         {
-            "optimizer": name,
+            "optimizer": optimizer,
             "learning_rate": rate,
             "weight_decay": decay,
             "schedule": task.tuned_schedule,
             "warmup_steps": 10,
+            **({} if length == 1 else {"max_steps": round(length * task.options["max_steps"])}),
         }
-        for rate, decay in itertools.product(RATES[name], task.decays)
+        for (optimizer, rate), decay, length in itertools.product(
+            RATES[recipe.options["optimizer"]], task.decays, task.lengths
+        )
     ]
 
 
