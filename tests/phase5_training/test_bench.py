@@ -123,6 +123,29 @@ class TestRecipes:
         sizes = {len(grid(RECIPES[name], TASKS[task])) for name in SIDE_BY_SIDE if RECIPES[name].tuned_as}
         assert len(sizes) == 1
 
+    @pytest.mark.parametrize("task", TASKS)
+    def test_a_grid_has_every_rate_decay_and_length_once(self, task):
+        found = grid(RECIPES["forge"], TASKS[task])
+        keys = ("optimizer", "learning_rate", "weight_decay", "max_steps")
+        assert len({tuple(each.get(key) for key in keys) for each in found}) == len(found)
+        whole = TASKS[task].options["max_steps"]
+        assert {each.get("max_steps", whole) / whole for each in found} == set(TASKS[task].lengths)
+        assert {each["optimizer"] for each in found} == {"muon", "adamw"}
+        assert {each["optimizer"] for each in grid(RECIPES["float"], TASKS[task])} == {"adamw"}
+
+    def test_the_soonest_in_seconds_is_the_best_and_else_the_best_held(self):
+        def row(name, seconds, figures):
+            curve = [[i + 1, seconds * (i + 1), figure] for i, figure in enumerate(figures)]
+            return {"name": name, "curve": curve, "higher": True}
+
+        slow = row("fewer steps, more seconds", 5.0, [0.2, 0.9, 0.9, 0.9, 0.9])
+        fast = row("more steps, fewer seconds", 1.0, [0.2, 0.2, 0.9, 0.9, 0.9, 0.9])
+        good = row("best, not held soonest", 9.0, [0.99] * 4)
+        assert bench.best_of([slow, fast, good], [0.9])["name"] == fast["name"]
+        assert bench.best_of([slow, fast, good], [0.999])["name"] == good["name"]
+        with pytest.raises(UsageError, match="no run of the grid has four evaluations"):
+            bench.best_of([row("short", 1.0, [0.9] * 3)], [0.5])
+
     def test_built_in_figures_are_the_best_of_the_record(self):
         rows = [json.loads(line) for line in (RECORDS / "sweep_modular.jsonl").read_text().splitlines()]
         for (task, name), tuned in BUILT_IN.items():
