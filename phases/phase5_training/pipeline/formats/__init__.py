@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import glob
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,13 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
     suffix = files[0].suffix.lower()
     if suffix in STREAM_READERS:
         return STREAM_READERS[suffix](files, options)
-    sources = [READERS[suffix](file, options) for file in files]
+    # What fits in memory is judged by all files together.
+    sizes = [file.stat().st_size for file in files]
+    shares = [options.memory_limit * size // max(sum(sizes), 1) for size in sizes]
+    sources = [
+        READERS[suffix](file, replace(options, memory_limit=share) if len(files) > 1 else options)
+        for file, share in zip(files, shares, strict=True)
+    ]
     return sources[0] if len(sources) == 1 else ShardedSource(sources)
 
 

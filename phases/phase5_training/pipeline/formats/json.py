@@ -1,48 +1,95 @@
 """JSON: ``{"samples": [records]}`` or a bare list of records (.json), and JSON Lines (.jsonl, .ndjson).
 
-Small files are parsed once by orjson. A JSON array too large for that, or read as a stream, goes
-through ijson in one forward pass; JSON Lines are indexed by byte offset and read in any order.
+Small .json files are parsed once by orjson. All others are walked through once, block by block; where they
+do not fit in memory the places of their records are kept in a side file (`index_file.py`), and so are the
+numbers of records of one shape. Records are then read in any order.
 """
 
 from __future__ import annotations
 
-import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import ijson
 import numpy as np
 import orjson
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.formats.columns import Columns, concat
-from phase5_training.pipeline.formats.objects import source_from_object
-from phase5_training.pipeline.formats.record_columns import RecordColumns
-from phase5_training.pipeline.formats.source import (
-    CHUNK_BYTES,
-    CHUNK_ROWS,
-    Access,
-    ArraySource,
-    ReadOptions,
-    SequentialWindow,
-    Source,
+from phase5_training.pipeline.formats.columns import Columns, Targets, Values, concat
+from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, chunks_of, load
+from phase5_training.pipeline.formats.json_records import (
+    Finder,
+    Found,
+    LineFinder,
+    ListFinder,
+    NoListError,
+    cut,
 )
+from phase5_training.pipeline.formats.objects import source_from_object
+from phase5_training.pipeline.formats.record_parser import RecordParser, holds_huge_floats
+from phase5_training.pipeline.formats.row_file import narrowest
+from phase5_training.pipeline.formats.source import CHUNK_ROWS, Access, ArraySource, ReadOptions, Source
+
+WHOLE_BYTES = 16 << 20  # a .json file up to this size is parsed as one document
+TEXT_GROWTH = 4  # a digit and a comma become eight bytes at most
+MAX_GAP = 4096  # bytes between two records that are read over rather than sought over
+FIRST = 64  # records that fix the form of the others
+READ_BYTES = 8 << 20
 
 
 def open_json(path: Path, options: ReadOptions) -> Source:
-    """A .json file as a source: loaded when it fits, walked forward when it does not.
+    """A .json file as a source: loaded when it fits, else indexed and read in any order.
 
     Raises:
-        DataError: with line and column for broken JSON, or naming what stands in place of the records.
+        DataError: broken JSON with its place, or what stands where the records should be.
     """
-    if options.loads(path.stat().st_size):
+    size = path.stat().st_size
+    if size <= WHOLE_BYTES and options.loads(size):
+        source = source_from_object(_parse(path), "json", str(path))
+        if not any(holds_huge_floats(chunk) for chunk in source.iterate()):
+            return source
+    try:
+        return _open(path, "json", ListFinder(path), options)
+    except NoListError:
+        if not options.loads(TEXT_GROWTH * size):
+            raise
         return source_from_object(_parse(path), "json", str(path))
-    stream = JsonStream(path, options.window)
-    if options.streaming:
-        return stream
-    # Too large for a tree of Python objects: arrays are several times smaller.
-    return ArraySource.from_columns("json", [str(path)], concat(list(stream.iterate())))
+
+
+def open_json_lines(path: Path, options: ReadOptions) -> Source:
+    """A JSON Lines file as a source: loaded when it fits, else indexed and read in any order.
+
+    Raises:
+        DataError: the file holds no records.
+    """
+    if not path.stat().st_size:
+        raise DataError(f"{path}: the file is empty; wanted one record a line")
+    return _open(path, "jsonl", LineFinder(path), options)
+
+
+def _open(path: Path, format: str, finder: Finder, options: ReadOptions) -> Source:
+    loads = options.loads(TEXT_GROWTH * path.stat().st_size)
+    source = JsonRecords(path, format, finder, with_rows=not options.streaming, keep_index=not loads)
+    if not loads:
+        return source
+    chunks = []
+    for chunk in source.iterate():
+        _narrow(chunk)
+        chunks.append(chunk)
+    return ArraySource.from_columns(format, [str(path)], concat(chunks))
+
+
+def _narrow(chunk: Columns) -> None:
+    def smaller(values: Values) -> Values:
+        return values.astype(narrowest(values)) if isinstance(values, np.ndarray) else values
+
+    target: Targets = chunk.target
+    if isinstance(target, dict):
+        chunk.target = {name: smaller(values) for name, values in target.items()}
+    elif target is not None:
+        chunk.target = smaller(target)
+    chunk.input = smaller(chunk.input)
 
 
 def _parse(path: Path) -> Any:
@@ -66,199 +113,147 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-MAX_DEPTH = 64  # levels of nesting; ijson's time grows with the square of it
-_STEP = np.zeros(256, np.int8)
-_STEP[[ord("["), ord("{")]], _STEP[[ord("]"), ord("}")]] = 1, -1
-_MARKS = _STEP != 0
-_MARKS[ord('"')] = True
+class JsonRecords:
+    """Records of a JSON text in place: each is parsed when asked for, or taken from its row in the index.
 
+    The index is made by the first walk through the file.
 
-class DepthGuard:
-    """A file whose reader stops at JSON nested deeper than `MAX_DEPTH`."""
-
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._file, self._path = file, path
-        self._tail = b""
-        self._depth = self._quotes = 0
-
-    def read(self, size: int) -> bytes:
-        """The next ``size`` bytes, as the file has them."""
-        block = self._file.read(size)
-        text = self._tail + block
-        # A backslash at the end belongs to the first byte of the next block.
-        odd = (len(text) - len(text.rstrip(b"\\"))) % 2
-        self._tail, text = text[len(text) - odd :], text[: len(text) - odd]
-        if b"\\" in text:
-            text = text.replace(b"\\\\", b"  ").replace(b'\\"', b"  ")
-        codes = np.frombuffer(text, np.uint8)
-        codes = codes[_MARKS[codes]]
-        quotes = self._quotes + np.cumsum(codes == ord('"'))
-        depth = self._depth + np.cumsum(_STEP[codes] * (quotes % 2 == 0), dtype=np.int64)
-        if len(codes):
-            self._quotes, self._depth = int(quotes[-1]) % 2, int(depth[-1])
-            if depth.max() > MAX_DEPTH:
-                raise DataError(f"{self._path}: nested deeper than {MAX_DEPTH} levels; no array needs that")
-        return block
-
-
-class JsonStream:
-    """A JSON array of records read forward with bounded memory; random access by `SequentialWindow`.
-
-    Opening it counts the records: one pass over the file.
+    Args:
+        path: the file.
+        format: "json" or "jsonl".
+        finder: of the records in its text.
+        with_rows: keep numbers as rows too.
+        keep_index: False only walks.
     """
 
-    format = "json"
-    access: Access = "parsed"
     vocab_size: int | None = None
 
-    def __init__(self, path: Path, window: int) -> None:
-        self.path, self.paths = path, [str(path)]
-        self._window = SequentialWindow(self.iterate, window)
-        self._length: int | None = None
-
-    def __len__(self) -> int:
-        if self._length is None:
-            self._length = sum(len(chunk) + len(chunk.bad) for chunk in self.iterate())
-        return self._length
-
-    def gather(self, indices: np.ndarray) -> Columns:
-        """See `Source.gather`."""
-        return self._window.gather(indices)
-
-    def _records(self) -> Iterator[Any]:
-        with self.path.open("rb") as file:
-            head = file.read(4096).lstrip()
-            if not head:
-                raise DataError(f'{self.path}: the file is empty; wanted {{"samples": [...]}}')
-            if head[:1] not in b"[{":
-                raise DataError(f"{self.path}: begins with {head[:12]!r}; wanted an object or a list")
-            file.seek(0)
-            prefix = "item" if head[:1] == b"[" else "samples.item"
-            try:
-                yield from ijson.items(DepthGuard(file, self.path), prefix, use_float=True)
-            except (ijson.JSONError, UnicodeDecodeError) as error:
-                line = str(error).split("\n")[0]
-                raise DataError(f"{self.path} near byte {file.tell()}: not valid JSON ({line})") from error
-
-    def iterate(self) -> Iterator[Columns]:
-        """See `Source.iterate`."""
-        convert, start, records = RecordColumns(), 0, self._records()
-        while chunk := list(itertools.islice(records, CHUNK_ROWS)):
-            yield convert(chunk, range(start, start + len(chunk)))
-            start += len(chunk)
-        if not start:
-            raise DataError(f"{self.path}: no records; wanted a list, or an object with a 'samples' list")
-
-    def locate(self, index: int) -> tuple[str, int]:
-        """See `Source.locate`."""
-        return self.paths[0], index
-
-    def describe(self) -> dict[str, Any]:
-        """See `Source.describe`."""
-        return {"format": self.format, "access": "streamed", "records": len(self)}
-
-
-def open_json_lines(path: Path, options: ReadOptions) -> Source:
-    """A JSON Lines file as a source: loaded when it fits, else indexed by byte offset.
-
-    Raises:
-        DataError: the file holds no records.
-    """
-    lines = JsonLines(path)
-    if not options.loads(path.stat().st_size):
-        return lines
-    columns = concat(list(lines.iterate()))
-    source = ArraySource.from_columns("jsonl", [str(path)], columns)
-    return source
-
-
-class JsonLines:
-    """JSON Lines in place: the offset of every line is known, a record is parsed when asked for."""
-
-    format = "jsonl"
-    access: Access = "parsed"
-    vocab_size: int | None = None
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.paths = path, [str(path)]
-        if not path.stat().st_size:
-            raise DataError(f"{path}: the file is empty; wanted one record a line")
-        self._bytes = np.memmap(path, np.uint8, mode="r")
-        self._starts, self._stops = self._index()
-        if not len(self._starts):
-            raise DataError(f"{path}: only blank lines; wanted one record a line")
-        self._convert = RecordColumns()
-        self._convert(self._parse(0, min(len(self), 64))[0], range(min(len(self), 64)))
+    def __init__(
+        self, path: Path, format: str, finder: Finder, *, with_rows: bool, keep_index: bool = True
+    ) -> None:
+        self.path, self.paths, self.format = path, [str(path)], format
+        self._finder, self._with_rows, self._keep = finder, with_rows, keep_index
+        self._parser = RecordParser()
+        self._index: RecordIndex | None = None
+        self._file: tuple[int, int] | None = None  # process and descriptor
+        self._note = ""
+        if keep_index:
+            self._use(load(path, format, with_rows))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "_bytes"}
+        return {**self.__dict__, "_index": None, "_file": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._bytes = np.memmap(self.path, np.uint8, mode="r")
+        if self._keep:
+            self._use(load(self.path, self.format, self._with_rows))
 
-    def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Start and end of every line that is not blank."""
-        ends = [
-            np.flatnonzero(self._bytes[at : at + CHUNK_BYTES] == 10) + at
-            for at in range(0, len(self._bytes), CHUNK_BYTES)
-        ]
-        stops = np.concatenate(ends)
-        if not len(stops) or stops[-1] != len(self._bytes) - 1:
-            stops = np.append(stops, len(self._bytes))
-        starts = np.concatenate([[0], stops[:-1] + 1])
-        full = stops > starts
-        # Only short lines can be blank ones; looking into those is cheap.
-        for i in np.flatnonzero(full & (stops - starts < 16)).tolist():
-            full[i] = bool(bytes(self._bytes[starts[i] : stops[i]]).strip())
-        return starts[full], stops[full]
+    def __del__(self) -> None:
+        if self._file is not None and self._file[0] == os.getpid():
+            os.close(self._file[1])
 
-    def _parse(self, start: int, stop: int) -> tuple[list[Any], dict[int, str]]:
-        raw = bytes(self._bytes[self._starts[start] : self._stops[stop - 1]])
-        base = int(self._starts[start])
-        bounds = zip(self._starts[start:stop].tolist(), self._stops[start:stop].tolist(), strict=True)
-        return self._load([raw[a - base : b - base] for a, b in bounds], range(start, stop))
+    @property
+    def access(self) -> Access:
+        """See `Source`."""
+        return "mapped" if self._index is not None and self._index.rows is not None else "parsed"
 
-    def _load(self, lines: list[bytes], index: range | list[int]) -> tuple[list[Any], dict[int, str]]:
-        records, bad = [], {}
-        for position, line in zip(index, lines, strict=True):
-            try:
-                records.append(orjson.loads(line))
-            except orjson.JSONDecodeError as error:
-                records.append(None)
-                offset = int(self._starts[position])
-                number = int(np.count_nonzero(self._bytes[:offset] == 10)) + 1
-                bad[position] = f"(line {number}, byte {offset}) is not valid JSON: {error.msg.split(':')[0]}"
-        return records, bad
+    def _use(self, index: RecordIndex | None) -> None:
+        self._index = index
+        if index is None:
+            return
+        index.frugal = not self._with_rows
+        if index.rows is None:
+            if not index.frugal:
+                index.hold_spans()
+            if index.count:
+                self._read(np.arange(min(index.count, FIRST)))
+
+    def _made(self) -> RecordIndex:
+        if self._index is None:
+            for _ in self.iterate():
+                pass
+        assert self._index is not None
+        return self._index
 
     def __len__(self) -> int:
-        return len(self._starts)
-
-    def _columns(self, records: list[Any], bad: dict[int, str], index: range | list[int]) -> Columns:
-        if bad:
-            kept = [i for i, position in enumerate(index) if position not in bad]
-            records, index = [records[i] for i in kept], [index[i] for i in kept]
-        columns = self._convert(records, index)
-        columns.bad |= bad
-        return columns
-
-    def gather(self, indices: np.ndarray) -> Columns:
-        """See `Source.gather`."""
-        index = indices.tolist()
-        bounds = zip(self._starts[indices].tolist(), self._stops[indices].tolist(), strict=True)
-        records, bad = self._load([bytes(self._bytes[a:b]) for a, b in bounds], index)
-        return self._columns(records, bad, index)
+        return self._made().count
 
     def iterate(self) -> Iterator[Columns]:
         """See `Source.iterate`."""
-        start = 0
-        while start < len(self):
-            byte = int(self._starts[start]) + CHUNK_BYTES
-            stop = min(start + CHUNK_ROWS, int(np.searchsorted(self._starts, byte)), len(self))
-            stop = max(stop, start + 1)
-            records, bad = self._parse(start, stop)
-            yield self._columns(records, bad, range(start, stop))
-            start = stop
+        index = self._index
+        if index is None:
+            yield from self._walk()
+        elif index.rows is not None:
+            yield from chunks_of(index, max(1, min(READ_BYTES // index.rows.dtype.itemsize, 1 << 16)))
+        else:
+            start = 0
+            while start < index.count:
+                near = index.spans(np.arange(start, min(start + CHUNK_ROWS, index.count)))
+                fitting = int(np.searchsorted(near[:, 1], near[0, 0] + READ_BYTES, side="right"))
+                stop = start + max(fitting, 1)
+                yield self._read(np.arange(start, stop))
+                start = stop
+
+    def _walk(self) -> Iterator[Columns]:
+        """Read the file from its beginning, and keep what was found."""
+        writer = IndexWriter(self.path, self.format, self._with_rows) if self._keep else None
+        self._parser = RecordParser()
+        count = 0
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                for whole in self._finder(file):
+                    for found in cut(whole, CHUNK_ROWS):
+                        columns = self._parser(found, range(count, count + len(found.starts)))
+                        count += len(found.starts)
+                        if writer is not None:
+                            spans = np.stack([found.starts, found.stops], 1) + found.base
+                            writer.add(spans, columns)
+                        yield columns
+            if not count:
+                raise DataError(
+                    f"{self.path}: no records; wanted "
+                    + ("one a line" if self.format == "jsonl" else "at least one in the list")
+                )
+            if writer is not None:
+                index = writer.finish()
+                self._note = writer.why_memory
+                self._use(index)
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _read(self, indices: np.ndarray) -> Columns:
+        """Parse the records at ``indices``: neighbors are read from the file at once."""
+        assert self._index is not None
+        spans = self._index.spans(indices)
+        order = np.argsort(spans[:, 0], kind="stable")
+        starts, stops = spans[order, 0], np.maximum.accumulate(spans[order, 1])
+        cuts = np.flatnonzero(starts[1:] - stops[:-1] > MAX_GAP) + 1
+        pieces, at, file = [], 0, self._descriptor()
+        shift = np.empty(len(order), np.int64)
+        for run in np.split(np.arange(len(order)), cuts):
+            first, size = int(starts[run[0]]), int(stops[run[-1]] - starts[run[0]])
+            piece = os.pread(file, size, first)
+            if len(piece) < size:
+                raise DataError(f"{self.path}: the file became shorter while it was read")
+            pieces.append(piece)
+            shift[run] = at - first
+            at += size
+        moved = np.empty_like(spans)
+        moved[order] = spans[order] + shift[:, None]
+        begin, end = np.ascontiguousarray(moved.T)
+        found = Found(0, b"".join(pieces), begin, end, offsets=spans[:, 0])
+        return self._parser(found, indices.tolist())
+
+    def _descriptor(self) -> int:
+        if self._file is None or self._file[0] != os.getpid():
+            self._file = (os.getpid(), os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+        return self._file[1]
+
+    def gather(self, indices: np.ndarray) -> Columns:
+        """See `Source.gather`."""
+        index = self._made()
+        return self._read(indices) if index.rows is None else index.take(indices)
 
     def locate(self, index: int) -> tuple[str, int]:
         """See `Source.locate`."""
@@ -266,4 +261,11 @@ class JsonLines:
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
-        return {"format": self.format, "access": "indexed", "records": len(self)}
+        index = self._made()
+        found: dict[str, Any] = {
+            "format": self.format,
+            "access": "rows of the index" if index.rows is not None else "indexed",
+            "records": len(self),
+            "index": str(index.path) if index.path else f"in memory: {self._note}",
+        }
+        return found

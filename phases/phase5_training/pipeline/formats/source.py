@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -62,9 +63,13 @@ class Source(Protocol):
     """
 
     format: str
-    access: Access
     vocab_size: int | None
     paths: list[str]
+
+    @property
+    def access(self) -> Access:
+        """What a gather costs."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -214,10 +219,7 @@ class ShardedSource:
 
     def __init__(self, shards: Sequence[Source]) -> None:
         self._shards = list(shards)
-        self._starts = np.cumsum([0, *(len(s) for s in shards)])
         self.format = shards[0].format
-        # The dearest access of any shard decides whether caching pays.
-        self.access: Access = max((s.access for s in shards), key=("memory", "mapped", "parsed").index)
         sizes = {s.vocab_size for s in shards}
         if len(sizes) > 1:
             raise DataError(
@@ -226,11 +228,20 @@ class ShardedSource:
         self.vocab_size = sizes.pop()
         self.paths = [path for s in shards for path in s.paths]
 
+    @property
+    def access(self) -> Access:
+        """See `Source`: the dearest of any shard, which decides whether caching pays."""
+        return max((s.access for s in self._shards), key=("memory", "mapped", "parsed").index)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        # Not before it is needed: a file that is not indexed yet is read for its length.
+        return np.cumsum([0, *(len(s) for s in self._shards)])
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _shift(self, columns: Columns, shard: int) -> Columns:
-        start = int(self._starts[shard])
+    def _shift(self, columns: Columns, start: int) -> Columns:
         columns.index = columns.index + start
         columns.bad = {position + start: reason for position, reason in columns.bad.items()}
         return columns
@@ -242,7 +253,7 @@ class ShardedSource:
         for shard in np.unique(owner):
             rows = np.flatnonzero(owner == shard)
             part = self._shards[shard].gather(np.asarray(indices[rows] - self._starts[shard]))
-            parts.append(self._shift(part, int(shard)))
+            parts.append(self._shift(part, int(self._starts[shard])))
             places.append(rows)
         if len(parts) == 1:
             return parts[0]
@@ -250,9 +261,11 @@ class ShardedSource:
 
     def iterate(self) -> Iterator[Columns]:
         """See `Source.iterate`."""
-        for number, shard in enumerate(self._shards):
+        start = 0
+        for shard in self._shards:
             for chunk in shard.iterate():
-                yield self._shift(chunk, number)
+                yield self._shift(chunk, start)
+            start += len(shard)
 
     def locate(self, index: int) -> tuple[str, int]:
         """See `Source.locate`."""

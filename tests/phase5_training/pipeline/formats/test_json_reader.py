@@ -2,7 +2,6 @@
 
 import io
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.formats import open_source
+from phase5_training.pipeline.formats import json_records, open_source
 from phase5_training.pipeline.formats.columns import as_rows
-from phase5_training.pipeline.formats.json import DepthGuard, JsonStream
-from phase5_training.pipeline.formats.order import EpochOrder
+from phase5_training.pipeline.formats.json_records import LineFinder, ListFinder, find_in_list
 from phase5_training.pipeline.formats.source import ReadOptions
 
 MODES = [ReadOptions(), ReadOptions(memory_limit=0), ReadOptions(streaming=True, window=8)]
@@ -86,38 +84,6 @@ def test_any_order_and_repeats(tmp_path, options):
             assert got.input.tolist() == [[i, i * i] for i in wanted]
 
 
-def test_streaming_a_json_array_keeps_a_bounded_window(tmp_path):
-    from phase5_training.pipeline.formats.json import CHUNK_ROWS
-
-    n = 5 * CHUNK_ROWS
-    source = open_source(
-        write(tmp_path / "a.json", [{"input": [i], "target": 0} for i in range(n)]),
-        ReadOptions(streaming=True, window=100),
-    )
-    for start in range(0, n, 512):
-        got = source.gather(np.arange(start, min(start + 512, n)))
-        assert got.input[0, 0] == start
-        assert sum(len(c) for c in source._window._chunks) <= 2 * CHUNK_ROWS
-    assert source.gather(np.array([3])).input.tolist() == [[3]]  # back to the beginning
-
-
-def test_a_shuffled_stream_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setitem(JsonStream.iterate.__globals__, "CHUNK_ROWS", 5)
-    n, window = 200, 32
-    path = write(tmp_path / "a.json", [{"input": [i], "target": i} for i in range(n)])
-    source = open_source(path, ReadOptions(streaming=True, window=window))
-    walks = []
-    window_of = source._window
-    opener = window_of._open
-    window_of._open = lambda: walks.append(1) or opener()
-    order = EpochOrder(n, None, seed=3, window=window)
-    for epoch in range(3):
-        for start in range(0, n, 8):
-            wanted = order.slice(epoch, start, start + 8)
-            assert source.gather(wanted).target.tolist() == wanted.tolist()
-        assert len(walks) == epoch + 1
-
-
 def test_blank_lines_count_for_line_numbers_only(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"input": [1], "target": 0}\n\n   \n{"input": [2], "target": 1}\r\n{"input": [3}\n')
@@ -156,6 +122,15 @@ def test_broken_files(tmp_path, text, message):
         ("", "the file is empty"),
         ('"text"', "begins with"),
         ('{"samples": [{"input": [1], "target": 0}, {"input"', "near byte 50: not valid JSON"),
+        ('{"samples": [{"input": [1]} {"input": [2]}]}', "byte 27: not valid JSON .* wanted one comma"),
+        ('{"samples": [{"input": [1]},, {"input": [2]}]}', "byte 27: not valid JSON .* wanted one comma"),
+        ('{"samples": [,{"input": [1]}]}', "byte 13: not valid JSON .* wanted one comma"),
+        ('{"samples": [{"input": [1]}, 7, {"input": [2]}]}', "byte 27: not valid JSON"),
+        ('{"samples": [{"input": [1]},]}', "byte 27: not valid JSON .* at the end of the list"),
+        ('{"samples": [{"input": [1]}], "more": }', "not valid JSON around the list of records"),
+        ('{"samples": [{"input": [1]}]} 1', "not valid JSON around the list of records"),
+        ('{"about": {"samples": [1]}}', "no records; wanted"),
+        ('{"samples": []}', "no records; wanted at least one in the list"),
         ('{"sample": []}', "no records; wanted"),
     ],
 )
@@ -198,8 +173,13 @@ def test_integers_beyond_64_bits_are_not_rounded(tmp_path, name):
         assert "an integer beyond 64 signed bits" in next(iter(source.iterate())).bad[1]
     columns = read(write(tmp_path / name, [{"input": [1e19, 2.5], "target": 0}]))
     assert columns.input.tolist() == [[np.float32(1e19), 2.5]]
-    with pytest.raises(DataError, match=r"near byte .* integer overflow"):
-        read(write(tmp_path / "s.json", [good, bad]), ReadOptions(streaming=True))
+    for options in MODES:
+        for huge in (2**63, 2**64, -(2**63) - 1, 10**40):  # orjson makes a float of those beyond 64 bits
+            for record in ({"input": [1, huge], "target": 0}, {"input": [1, 2], "target": huge}):
+                source = open_source(write(tmp_path / name, [good, record, good]), options)
+                bad = {k: v for chunk in source.iterate() for k, v in chunk.bad.items()}
+                assert list(bad) == [1]
+                assert "an integer beyond 64 signed bits" in bad[1]
 
 
 def test_first_record_decides_and_must_be_whole(tmp_path):
@@ -211,45 +191,73 @@ def test_first_record_decides_and_must_be_whole(tmp_path):
     assert next(iter(source.iterate())).bad == {0: "has both 'input' and 'text'; keep one of them"}
 
 
-@given(
-    raw=st.lists(st.sampled_from([b"[", b"]", b"{", b'"', b"\\\\", b"\\", b"a"]), max_size=60),
-    cut=st.integers(1, 9),
-)
-@settings(max_examples=150, deadline=None)
-def test_depth_is_counted_across_blocks(raw, cut):
-    raw = b"".join(raw)
-    depth, quoted, escaped = 0, False, False
-    for code in raw.decode():
-        if escaped:
-            escaped = False
-        elif code == "\\":
-            escaped = True
+def spans_by_hand(text):
+    """Records of a JSON list, one character after the other: (spans, place of its end, greatest depth)."""
+    depth, quoted, escaped, begin, spans, deepest = 0, False, False, 0, [], 0
+    for i, code in enumerate(text.decode("latin1")):
+        if quoted:
+            if escaped:
+                escaped = False
+            elif code == "\\":
+                escaped = True
+            elif code == '"':
+                quoted = False
         elif code == '"':
-            quoted = not quoted
-        elif not quoted:
-            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(code, 0)
-    guard = DepthGuard(io.BytesIO(raw), Path("a.json"))
-    read = b""
-    while block := guard.read(cut):
-        read += block
-    assert read == raw
-    if b"\\" not in raw or not outside_backslash(raw):
-        assert guard._depth == depth
+            quoted = True
+        elif code in "[{":
+            begin = i if depth == 0 else begin
+            depth += 1
+            deepest = max(depth, deepest)
+        elif code in "]}":
+            depth -= 1
+            if depth < 0:
+                return spans, i, deepest
+            if depth == 0:
+                spans.append((begin, i + 1))
+    return spans, -1, deepest
 
 
-def outside_backslash(raw):
-    """Whether a backslash stands outside of strings, where JSON has none and either count may hold."""
-    quoted, escaped = False, False
-    for code in raw.decode():
-        if escaped:
-            escaped = False
-        elif code == "\\":
-            escaped = True
-            if not quoted:
-                return True
-        elif code == '"':
-            quoted = not quoted
-    return False
+@given(raw=st.lists(st.sampled_from([b"[", b"]", b"{", b"}", b'"', b'\\"', b"\\\\", b"a,"]), max_size=60))
+@settings(max_examples=200, deadline=None)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_records_are_found_as_by_hand(compiled, raw):
+    text, quoted = b"", False
+    for part in raw:  # a backslash outside of a string is no JSON, and either count may hold
+        if part[:1] == b"\\" and not quoted:
+            continue
+        quoted ^= part == b'"'
+        text += part
+    find = find_in_list if compiled else json_records._find_in_python
+    starts, stops, end, depth = find(text)
+    spans, wanted_end, deepest = spans_by_hand(text)
+    assert list(zip(starts.tolist(), stops.tolist(), strict=True)) == spans
+    assert (end, depth) == (wanted_end, deepest)
+
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+records_of_any_kind = st.recursive(
+    plain | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+    max_leaves=12,
+).filter(lambda value: isinstance(value, (list, dict)))
+
+
+@given(records=st.lists(records_of_any_kind, max_size=12), block=st.integers(1, 40), spaced=st.booleans())
+@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("finder", [ListFinder, LineFinder])
+def test_blocks_of_any_size_find_the_same_records(finder, records, block, spaced):
+    indent = 2 if spaced and finder is ListFinder else None
+    parts = [json.dumps(r, ensure_ascii=False, indent=indent).encode() for r in records]
+    text = b'{"a": [1], "samples" : [' + b" ,\n".join(parts) + b'], "b": {"samples": []}}'
+    if finder is LineFinder:
+        text = b"\n \n".join(parts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_records, "BLOCK_BYTES", block if finder is LineFinder else max(block, 24))
+        found = list(finder("a.json")(io.BytesIO(text)))
+    got = [f.text[a:b] for f in found for a, b in zip(f.starts, f.stops, strict=True)]
+    offsets = [f.base + a for f in found for a in f.starts.tolist()]
+    assert got == parts
+    assert [text[a : a + len(p)] for a, p in zip(offsets, parts, strict=True)] == parts
 
 
 def test_depth_bombs_end_at_once(tmp_path):

@@ -1,0 +1,83 @@
+"""The C++ reader of plain records (number_records.cpp), compiled at first use; see `library`."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+logger = logging.getLogger("forge")
+
+SOURCE = Path(__file__).with_name("number_records.cpp")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
+MAX_DIMENSIONS = 4
+
+
+class Column(ctypes.Structure):
+    """A column to be filled; as in number_records.cpp."""
+
+    _fields_ = (
+        ("key", ctypes.c_char_p),
+        ("key_length", ctypes.c_int64),
+        ("dimensions", ctypes.c_int64),
+        ("shape", ctypes.c_int64 * MAX_DIMENSIONS),
+        ("integers", ctypes.c_void_p),
+        ("floats", ctypes.c_void_p),
+        ("saw_float", ctypes.c_int64),
+    )
+
+
+class Quality(ctypes.Structure):
+    """Where qualities go, and whether there was one; as in number_records.cpp."""
+
+    _fields_ = (("values", ctypes.c_void_p), ("seen", ctypes.c_int64))
+
+
+def cache_folder() -> Path:
+    """Where this user's compiled code and indexes of read-only folders are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "forge-training"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where ``FORGE_NATIVE=0``, or no compiler is found or works.
+
+    The first call on a machine compiles for a second or two. The same records come out without it; large
+    JSON files then take several times as long to open.
+    """
+    if os.environ.get("FORGE_NATIVE") == "0":
+        return None
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        logger.info("large JSON files are read without the native reader: no C++ compiler; install g++")
+        return None
+    digest = hashlib.sha256(" ".join((*FLAGS, platform.machine(), compiler)).encode() + SOURCE.read_bytes())
+    path = cache_folder() / f"records-{digest.hexdigest()[:20]}.so"
+    try:
+        if not path.exists():
+            _build(compiler, path)
+        found = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        logger.info("large JSON files are read without the native reader: %s", said.strip().splitlines()[0])
+        return None
+    for name in ("forge_read_records", "forge_find_records"):
+        getattr(found, name).restype = ctypes.c_int64
+    return found
+
+
+def _build(compiler: str, path: Path) -> None:
+    """Compile into a temporary file and rename it, so that processes that start together do not clash."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        os.replace(built, path)
