@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -121,6 +122,27 @@ class Collator:
                 target = torch.from_numpy(_cast(columns.target, spec.target_kind))
             inputs = torch.from_numpy(inputs)
         return {"input": inputs, "target": target, "index": torch.from_numpy(columns.index)}
+
+    def collate_parts(self, columns: Columns, sizes: Sequence[int]) -> list[dict[str, Any]]:
+        """Encoded columns of several batches as those; without padding they share memory."""
+        ends = np.cumsum(sizes).tolist()
+        if self.spec.ragged:  # each batch is as wide as its own longest sequence
+            rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+            return [self.collate(columns.take(part)) for part in rows]
+        whole = self.collate(columns)
+        parts = {
+            key: {name: value.split(list(sizes)) for name, value in values.items()}
+            if isinstance(values, dict)
+            else values.split(list(sizes))
+            for key, values in whole.items()
+        }
+        return [
+            {
+                key: {name: value[i] for name, value in part.items()} if isinstance(part, dict) else part[i]
+                for key, part in parts.items()
+            }
+            for i in range(len(sizes))
+        ]
 
     def _width(self, longest: int) -> int:
         """Columns for sequences up to ``longest``: a multiple of 8, never more than max_length."""

@@ -27,11 +27,15 @@ from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.dataset import is_map_style, open_dataset
 from phase5_training.pipeline.formats.order import BatchPlan, EpochOrder, split_indices
-from phase5_training.pipeline.formats.source import ReadOptions, Source
+from phase5_training.pipeline.formats.source import ReadOptions, Source, blocks_of
 from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
 from phase5_training.pipeline.formats.text import make_tokenizer
 
 Split = Literal["train", "validation"]
+TOGETHER_BYTES = 1 << 20  # of batches that are read together, so that the cost of a call is shared
+MAX_TOGETHER = 64
+WINDOW_BYTES = 64 << 20  # of blocks whose samples are shuffled together, at most
+WINDOW_BLOCKS = 16  # blocks whose samples are shuffled together, at least
 GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 Quarantine = Callable[[dict[str, Any]], None]
 DEFAULT_BLOCK = 256  # tokens of a training sequence cut from a stream when max_length is not set
@@ -54,10 +58,10 @@ class ForgeDataLoader:
         self.config, self.spec = prepared.config, prepared.spec
         self.num_samples: int | None = len(prepared) if indices is None else len(indices)
         train = split == "train"
+        blocks = blocks_of(prepared.source)
         self._order = EpochOrder(
-            self.num_samples, indices, seed=self.config.seed,
-            shuffle=self.config.shuffle and train,
-            window=self.config.shuffle_buffer if self.config.streaming else None,
+            self.num_samples, indices, seed=self.config.seed, shuffle=self.config.shuffle and train,
+            window=self._window(blocks), blocks=blocks,
         )  # fmt: skip
         self._plan = BatchPlan(
             samples=self.num_samples, size=self.config.batch_size,
@@ -74,6 +78,8 @@ class ForgeDataLoader:
         self._plan.check(prepared.source.paths[0])
         self._position = (0, 0)
         self._hits = self._lookups = 0
+        batch_bytes = prepared.row_bytes * self.config.batch_size
+        self._together = max(1, min(TOGETHER_BYTES // batch_bytes, MAX_TOGETHER))
         self._workers: DataLoader | None = None
         self._board: WorkerBoard | None = None
         self._pending = _Pending()
@@ -82,6 +88,17 @@ class ForgeDataLoader:
 
     def __len__(self) -> int:
         return self._batches
+
+    def _window(self, blocks: np.ndarray | None) -> int | None:
+        """Samples that are shuffled together; None for all."""
+        if blocks is None:
+            return self.config.shuffle_buffer if self.config.streaming else None
+        # Of many blocks, so that neighbors in the file part; of whole batches, so that each window is read
+        # for its own batches only.
+        largest = int(np.diff(np.append(blocks, len(self._prepared))).max())
+        wanted = max(self.config.shuffle_buffer, WINDOW_BLOCKS * largest)
+        least = max(min(wanted, WINDOW_BYTES // self._prepared.row_bytes), largest)
+        return -(-least // self.config.batch_size) * self.config.batch_size
 
     def set_position(self, epoch: int, batch: int = 0) -> None:
         """Let the next iteration begin at ``batch`` of ``epoch``, by seeking.
@@ -107,25 +124,43 @@ class ForgeDataLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, first = self._position
         self._position = (epoch + 1, 0)
-        order = (self.batch_indices(epoch, batch) for batch in range(first, self._batches))
+        order = self._portions(epoch, first)
         fetch = (
             self._from_workers(order) if self.config.num_workers else map(self._prepared.__getitems__, order)
         )
-        for batch, hits, lookups in fetch:
+        for batches, hits, lookups in fetch:
             self._hits += hits
             self._lookups += lookups
-            yield batch
+            yield from batches
 
-    def _from_workers(self, order: Iterator[np.ndarray]) -> Iterator[Any]:
+    def _portions(self, epoch: int, first: int) -> Iterator[list[np.ndarray]]:
+        """The rest of an epoch in portions of batches that are read together: positions of each batch."""
+        together = 1
+        while first < self._batches:
+            last = first + together
+            if self._order.by_blocks:
+                # To the end of the window: its blocks are read once.
+                window = self._order.window or 1
+                last = -(-(first * self.config.batch_size + 1) // window) * window // self.config.batch_size
+            last = min(last, self._batches)
+            yield [self.batch_indices(epoch, batch) for batch in range(first, last)]
+            first = last
+            if not self.config.num_workers and self._prepared.reads_ahead:
+                together = self._together
+
+    def _from_workers(self, order: Iterator[list[np.ndarray]]) -> Iterator[Any]:
         if self._workers is None:
-            self._board = self._prepared.board = WorkerBoard(self.config.num_workers, self.config.batch_size)
+            rows = self._order.window if self._order.by_blocks else None
+            self._board = self._prepared.board = WorkerBoard(
+                self.config.num_workers, rows or self.config.batch_size
+            )
             # A generator of our own: torch would draw the workers' seed from the global one, and
             # dropout would then differ between runs with and without workers.
             generator = torch.Generator()
             generator.manual_seed(self.config.seed)
             self._workers = DataLoader(
                 self._prepared,  # type: ignore[arg-type]
-                batch_sampler=self._pending,  # type: ignore[arg-type]
+                batch_sampler=self._pending,
                 num_workers=self.config.num_workers,
                 collate_fn=_as_is,
                 persistent_workers=True,
@@ -195,9 +230,9 @@ class _Pending:
     """
 
     def __init__(self) -> None:
-        self.batches: Iterable[np.ndarray] = ()
+        self.batches: Iterable[list[np.ndarray]] = ()
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
         return iter(self.batches)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from phase5_training.pipeline.data_collate import Collator, SampleCache
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.data_workers import WorkerBoard
 from phase5_training.pipeline.formats.columns import Columns, concat
+from phase5_training.pipeline.formats.dataset import DatasetSource
 from phase5_training.pipeline.formats.scan import Scan, ScanOptions, scan
 from phase5_training.pipeline.formats.source import ArraySource, Source
 from phase5_training.pipeline.formats.spec import DataSpec
@@ -62,11 +65,31 @@ class Prepared:
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """The samples at ``indices`` as a batch."""
+        return self.collator.collate(self._fetch(indices))
+
+    def batches(self, parts: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+        """Several batches, read together: one call per column for all of them."""
+        if len(parts) == 1:
+            return [self.batch(parts[0])]
+        return self.collator.collate_parts(self._fetch(np.concatenate(parts)), [len(part) for part in parts])
+
+    def _fetch(self, indices: np.ndarray) -> Columns:
         if self._encoded is not None:
-            return self.collator.collate(self._encoded.gather(indices))
+            return self._encoded.gather(indices)
         if self._cache is not None:
-            return self.collator.collate(self._cache.fetch(indices))
-        return self.collator(self.source.gather(indices))
+            return self._cache.fetch(indices)
+        return self.collator.encode(self.source.gather(indices))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that the input of one sample takes in a batch, at most."""
+        elements = math.prod(self.scan.longest if n is None else n for n in self.spec.input_shape)
+        return max(1, elements) * (4 if self.spec.input_dtype == "float32" else 8)
+
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether batches may be made before their time: not where a Dataset draws random numbers."""
+        return not isinstance(self.source, DatasetSource)
 
     def counters(self) -> tuple[int, int]:
         """Cache hits and look-ups so far, in this process."""
@@ -75,13 +98,13 @@ class Prepared:
     def __len__(self) -> int:
         return self.scan.records
 
-    def __getitems__(self, indices: np.ndarray) -> tuple[dict[str, Any], int, int]:
-        """A batch, and what it added to the cache's counters; called in worker processes."""
+    def __getitems__(self, parts: Sequence[np.ndarray]) -> tuple[list[dict[str, Any]], int, int]:
+        """Batches, and what they added to the cache's counters; called in worker processes."""
         if self.board is not None:
-            self.board.begin(indices)
+            self.board.begin(np.concatenate(parts))
         hits, lookups = self.counters()
-        batch = self.batch(indices)
+        batches = self.batches(parts)
         after = self.counters()
         if self.board is not None:
             self.board.end()
-        return batch, after[0] - hits, after[1] - lookups
+        return batches, after[0] - hits, after[1] - lookups

@@ -98,7 +98,7 @@ def test_every_format_gives_the_same_records(tmp_path, kind, streaming):
     assert loader.spec.label_range == (0, 4)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind != "h5"])  # that is read by chunks
 def test_batches_are_the_same_whatever_the_access(tmp_path, kind):
     path = write(tmp_path, kind)
     same(load(path, batch_size=8), load(path, batch_size=8, memory_limit_mb=0))
@@ -731,3 +731,100 @@ def test_ranks_of_ready_batches():
 def test_ranks_that_cannot_be(options, message):
     with pytest.raises(UsageError, match=message):
         DataConfig(**options)
+
+
+# --- files read in blocks --------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=12), window=st.integers(1, 30),
+    epoch=st.integers(0, 3), size=st.integers(1, 9), dropped=st.sets(st.integers(0, 40), max_size=9),
+)  # fmt: skip
+@settings(max_examples=80, deadline=None)
+def test_an_order_by_blocks_is_a_permutation_that_stays_near_its_blocks(sizes, window, epoch, size, dropped):
+    records = sum(sizes)
+    starts = np.cumsum([0, *sizes[:-1]])
+    kept = np.setdiff1d(np.arange(records), sorted(dropped))
+    if not len(kept):
+        return
+    order = EpochOrder(len(kept), kept, seed=5, window=window, blocks=starts)
+    whole = order.slice(epoch, 0, len(kept))
+    assert sorted(whole.tolist()) == kept.tolist()
+    pieces = [order.slice(epoch, a, min(a + size, len(kept))) for a in reversed(range(0, len(kept), size))]
+    assert np.array_equal(np.concatenate(pieces[::-1]), whole)
+    # A block's samples lie in windows next to each other: as many as its length needs, and one more.
+    owner = np.searchsorted(starts, whole, side="right") - 1
+    for block in np.unique(owner):
+        windows = np.unique(np.flatnonzero(owner == block) // window)
+        length = (owner == block).sum()
+        assert windows[-1] - windows[0] <= -(-length // window)
+
+
+def chunked(path, n=400, chunk=10, **options):
+    x = np.arange(n * 3, dtype=np.float32).reshape(n, 3)
+    with h5py.File(path, "w") as file:
+        file.create_dataset("dataset/inputs", data=x, chunks=(chunk, 3), **options)
+        file.create_dataset("dataset/targets", data=np.arange(n), chunks=(chunk,), **options)
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hdf5_in_place_is_shuffled_by_chunks_and_each_is_read_once(tmp_path, workers, monkeypatch):
+    from phase5_training.pipeline.formats import hdf5
+
+    path = chunked(tmp_path / "a.h5", compression="gzip")
+    options = {"batch_size": 8, "memory_limit_mb": 0, "shuffle_buffer": 80, "num_workers": workers}
+    loader = load(path, **options)
+    reads = []
+    original = hdf5._read
+    monkeypatch.setattr(hdf5, "_read", lambda data, rows: reads.append(rows) or original(data, rows))
+    orders = []
+    for epoch in range(2):
+        batches = list(loader)
+        index = torch.cat([b["index"] for b in batches])
+        assert sorted(index.tolist()) == list(range(400))
+        assert torch.equal(torch.cat([b["input"] for b in batches])[:, 0], 3.0 * index)
+        assert torch.equal(torch.cat([b["target"] for b in batches]), index)
+        orders.append(index)
+        if not workers:
+            # 40 chunks of two columns; windows of 160 of 400 samples, so none lies in two.
+            assert len(reads) == (epoch + 1) * 80
+    assert not torch.equal(*orders)
+    distance = (orders[0][1:] - orders[0][:-1]).abs().float().mean()
+    assert distance > 400 / 6  # far from the order of the file, in which it is 1
+    loader.set_position(1, 7)
+    same(loader, load_from(path, 1, 7, options))
+    assert torch.equal(torch.cat([b["index"] for b in load_from(path, 1, 7, options)]), orders[1][56:])
+
+
+def load_from(path, epoch, batch, options):
+    loader = load(path, **options)
+    loader.set_position(epoch, batch)
+    return loader
+
+
+def test_blocks_of_large_records_do_not_fill_memory(tmp_path):
+    from phase5_training.pipeline import data_loader
+
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset(
+            "inputs", shape=(600, 512, 512), dtype="u1", chunks=(1, 512, 512), compression="gzip"
+        )
+        file["inputs"][:] = 1
+        file["targets"] = np.arange(600) % 3
+    loader = load(path, batch_size=4, streaming=True)
+    assert loader._order.window * 512 * 512 * 4 <= data_loader.WINDOW_BYTES + 4 * 512 * 512 * 4
+
+
+@pytest.mark.parametrize("kind", ["json", "npy", "text"])
+def test_batches_read_together_are_those_read_alone(tmp_path, kind, monkeypatch):
+    from phase5_training.pipeline import data_loader
+
+    if kind == "text":
+        path = write_lines(tmp_path / "t.jsonl", [{"input": "ab" * i, "target": i % 2} for i in range(1, N)])
+    else:
+        path = write(tmp_path, kind)
+    together = list(load(path, batch_size=4, memory_limit_mb=0))
+    monkeypatch.setattr(data_loader, "MAX_TOGETHER", 1)
+    same(load(path, batch_size=4, memory_limit_mb=0), together)

@@ -23,6 +23,7 @@ from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_K
 from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source, check_width
 
 _MAX_LINKS = 8
+BLOCK_BYTES = 1 << 18  # read at a time where the file has no chunks
 
 
 def open_hdf5(path: Path, options: ReadOptions) -> Source:
@@ -72,7 +73,9 @@ class Hdf5Source:
                 raise DataError(f"{path}: {self.names['inputs']} is empty; wanted at least one record")
             sets = [file[where] for where in self.names.values()]
             self.nbytes = sum(d.size * max(d.dtype.itemsize, 1) for d in sets)
-            self._row_bytes = max(1, file[self.names["inputs"]].nbytes // self._length)
+            inputs = file[self.names["inputs"]]
+            self._row_bytes = max(1, inputs.nbytes // self._length)
+            self._block_rows = inputs.chunks[0] if inputs.chunks else max(1, BLOCK_BYTES // self._row_bytes)
             self._attributes = {k: _plain(v) for k, v in group.attrs.items()}
             metadata = group.get("metadata")
             self._metadata = {k: _plain(v) for k, v in metadata.attrs.items()} if metadata is not None else {}
@@ -216,6 +219,10 @@ class Hdf5Source:
     def gather(self, indices: np.ndarray) -> Columns:
         """See `Source.gather`."""
         return self._columns(np.asarray(indices, np.int64))
+
+    def blocks(self) -> np.ndarray:
+        """See `Blocked`: the chunks of the inputs, or stretches as long as a large chunk."""
+        return np.arange(0, self._length, self._block_rows)
 
     def iterate(self) -> Iterator[Columns]:
         """See `Source.iterate`."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from phase5_training.errors import DataError
 
-_SPLIT, _EPOCH, _WINDOW = 1, 2, 3  # keep the draws for different purposes apart
+_SPLIT, _EPOCH, _WINDOW, _BLOCKS = 1, 2, 3, 4  # keep the draws for different purposes apart
 
 
 def _keys(n: int, *seed: int) -> np.ndarray:
@@ -54,6 +54,9 @@ class EpochOrder:
         shuffle: False keeps the order of ``indices``.
         window: None shuffles the whole epoch. A number shuffles only within windows of so many
             neighbors (their borders move from epoch to epoch), for data read forward.
+        blocks: positions in the source at which blocks begin that are read as a whole, ascending from 0.
+            With them the blocks are put in a random order, and the samples of each window of that
+            order are shuffled.
 
     Example:
         >>> order = EpochOrder(5, None, seed=0)
@@ -69,11 +72,22 @@ class EpochOrder:
         seed: int,
         shuffle: bool = True,
         window: int | None = None,
+        blocks: np.ndarray | None = None,
     ) -> None:
         self.n, self.indices, self._seed, self._shuffle = n, indices, seed, shuffle
-        self._window = window
-        # The permutation last used: of an epoch, or of a window of it.
+        self.window = window if shuffle else None
+        self._bounds: np.ndarray | None = None
+        if blocks is not None and window is not None:
+            starts = blocks if indices is None else np.searchsorted(indices, blocks)
+            self._bounds = np.unique(np.append(starts, n))
+        # The permutations last used: of an epoch, or of a window of it, and of the blocks.
         self._kept: tuple[tuple[int, int], np.ndarray] | None = None
+        self._kept_blocks: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether windows are fixed stretches of an epoch, and made of whole blocks."""
+        return self._bounds is not None and self._shuffle
 
     def _permutation(self, epoch: int, part: int, start: int, stop: int) -> np.ndarray:
         if self._kept is None or self._kept[0] != (epoch, part):
@@ -85,10 +99,12 @@ class EpochOrder:
         """(stop - start,) int64 positions of the samples ``start`` to ``stop`` of an epoch."""
         if not self._shuffle:
             places = np.arange(start, stop)
-        elif self._window is None:
+        elif self.window is None:
             places = self._permutation(epoch, 0, 0, self.n)[start:stop]
+        elif self._bounds is not None:
+            places = self._blockwise(epoch, start, stop, self.window)
         else:
-            places = self._windowed(epoch, start, stop, self._window)
+            places = self._windowed(epoch, start, stop, self.window)
         return places.astype(np.int64) if self.indices is None else self.indices[places].astype(np.int64)
 
     def _windowed(self, epoch: int, start: int, stop: int, window: int) -> np.ndarray:
@@ -101,6 +117,30 @@ class EpochOrder:
             parts.append(places[start - first : stop - first])
             start = last
         return np.concatenate(parts)
+
+    def _blockwise(self, epoch: int, start: int, stop: int, window: int) -> np.ndarray:
+        parts = []
+        while start < stop:
+            part = start // window
+            first, last = part * window, min((part + 1) * window, self.n)
+            mixed = self._permutation(epoch, part + 1, 0, last - first)
+            parts.append(self._in_block_order(epoch, first, last)[mixed[start - first : stop - first]])
+            start = last
+        return np.concatenate(parts)
+
+    def _in_block_order(self, epoch: int, start: int, stop: int) -> np.ndarray:
+        """The samples ``start`` to ``stop`` where the blocks of the epoch follow each other unshuffled."""
+        assert self._bounds is not None
+        if self._kept_blocks is None or self._kept_blocks[0] != epoch:
+            order = np.argsort(_keys(len(self._bounds) - 1, _BLOCKS, self._seed, epoch), kind="stable")
+            ends = np.cumsum(np.diff(self._bounds)[order])
+            self._kept_blocks = (epoch, order, ends)
+        _, order, ends = self._kept_blocks
+        first, last = np.searchsorted(ends, (start, stop - 1), side="right")
+        near = order[first : last + 1]
+        ranges = [np.arange(self._bounds[b], self._bounds[b + 1]) for b in near.tolist()]
+        begin = int(ends[first]) - len(ranges[0])
+        return np.concatenate(ranges)[start - begin : stop - begin]
 
 
 @dataclass(frozen=True, kw_only=True)

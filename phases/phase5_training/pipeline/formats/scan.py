@@ -43,7 +43,10 @@ class ScanOptions:
 
 @dataclass
 class Scan:
-    """What the pass found. ``keep``: positions of the usable records, None when all are usable."""
+    """What the pass found.
+
+    ``keep``: positions of the usable records, None when all are usable. ``longest``: tokens of the longest.
+    """
 
     spec: DataSpec
     records: int
@@ -51,6 +54,7 @@ class Scan:
     dropped: dict[str, int]
     truncated: int
     without_quality: int
+    longest: int
 
 
 class Scanner:
@@ -159,7 +163,9 @@ class Scanner:
             mask[np.frombuffer(self.lost, np.int64)] = False
             keep = np.flatnonzero(mask)
         spec = build_spec(self, kept)
-        return Scan(spec, records, keep, dict(self.dropped), self.truncated, self.without_quality)
+        return Scan(
+            spec, records, keep, dict(self.dropped), self.truncated, self.without_quality, self.input.longest
+        )
 
     def _check_share(self, records: int) -> None:
         lost, limit = len(self.lost), self.options.max_dropped_share

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -88,6 +88,20 @@ class Source(Protocol):
     def describe(self) -> dict[str, Any]:
         """What the run's record says about these files."""
         ...
+
+
+@runtime_checkable
+class Blocked(Protocol):
+    """A source whose files are read in blocks: one record costs what all of its block cost."""
+
+    def blocks(self) -> np.ndarray | None:
+        """Positions at which blocks begin, ascending from 0; None where there are none after all."""
+        ...
+
+
+def blocks_of(source: Source) -> np.ndarray | None:
+    """Where the blocks of a source begin, if it is read in blocks."""
+    return source.blocks() if isinstance(source, Blocked) else None
 
 
 def physical_memory() -> int:
@@ -266,6 +280,14 @@ class ShardedSource:
             for chunk in shard.iterate():
                 yield self._shift(chunk, start)
             start += len(shard)
+
+    def blocks(self) -> np.ndarray | None:
+        """See `Blocked`."""
+        found = [blocks_of(shard) for shard in self._shards]
+        known = [
+            part + start for part, start in zip(found, self._starts[:-1], strict=True) if part is not None
+        ]
+        return np.concatenate(known) if len(known) == len(found) else None
 
     def locate(self, index: int) -> tuple[str, int]:
         """See `Source.locate`."""
