@@ -6,17 +6,17 @@
 
 Parts, each in rounds in which its cases take turns (files are in the page cache: warm):
 
-    json       {"samples": [{"input": [128 ints], "target": label}]} of --mb: opening, a shuffled epoch, a part of
-               the next; each turn is a process of its own. json.load is followed by a Dataset and a DataLoader,
-               datasets by a DataLoader whose batches are one call each.
+    json       {"samples": [{"input": [128 ints], "target": label}]} of --mb: opening, a shuffled epoch, a
+               part of the next; each turn is a process of its own. json.load is followed by a Dataset and a
+               DataLoader, datasets by a DataLoader whose batches are one call each.
     hdf5       rows of 784 float32 and labels, shuffled: a Dataset that reads each sample from h5py, with a
                DataLoader, and Forge in place (memory_limit_mb=0); contiguous, and in gzip chunks
     tokens     blocks of 257 uint16 tokens of a .bin: Forge, and numpy.memmap indexed by hand
-    streaming  the highest memory of a process that reads an epoch with streaming=True, from 100 MB and from 2 GB
-    cache      JSON Lines of text, streamed, with the LRU cache and without, where it holds all and where a tenth
+    streaming  the highest memory of a process that reads an epoch with streaming=True, of 100 MB and of 2 GB
+    cache      JSON Lines of text, streamed, with the LRU cache and without, where it holds all or a tenth
 
-A row of --output is a case of a round, with seconds (wall and of the processor), and with the highest resident
-size of its process in MB ("peak_mb") where that has one of its own.
+A row of --output is a case of a round, with seconds (wall and of the processor), and with the highest
+resident size of its process in MB ("peak_mb") where that has one of its own.
 """
 
 import argparse
@@ -242,15 +242,12 @@ def hdf5_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, Any
     n = 60_000
     rng = np.random.default_rng(0)
     rows, labels = np.round(rng.normal(size=(n, 784)), 2).astype(np.float32), rng.integers(0, CLASSES, n)
-    for layout, options in (("contiguous", {}), ("gzip chunks of 64", {"chunks": True, "compression": 1})):
+    for layout, options in (("contiguous", {}), ("gzip chunks of 64", {"chunks": True})):
         path = folder / f"{len(options)}.h5"
         with h5py.File(path, "w") as file:
             for name, data in (("inputs", rows), ("targets", labels)):
-                given = options and {
-                    "chunks": (64, *data.shape[1:]),
-                    "compression": "gzip",
-                    "compression_opts": 1,
-                }
+                chunks = {"chunks": (64, *data.shape[1:]), "compression": "gzip", "compression_opts": 1}
+                given = chunks if options else {}
                 file.create_dataset(f"dataset/{name}", data=data, **given)
         ours = forge_loader(path, memory_limit_mb=0)
         theirs = DataLoader(Hdf5Rows(path), batch_size=BATCH, shuffle=True)

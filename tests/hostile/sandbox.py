@@ -89,6 +89,7 @@ def _inside(work: Callable[[], Any], folder: Path, memory: int, seconds: int) ->
     size = _status("VmSize") + memory
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
     before = _status("VmRSS")
+    os.environ["XDG_CACHE_HOME"] = str(folder / ".cache")  # of indexes that cannot lie beside their data
     sys.addaudithook(_guard(folder, outcome.forbidden))
     try:
         outcome.value = work()
@@ -125,7 +126,7 @@ def _guard(folder: Path, forbidden: list[str]) -> Callable[[str, tuple], None]:
                 return
             real = os.path.realpath(os.fsdecode(path))
             writes = arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) if len(arguments) > 2 else 0
-            if real.startswith(mine + os.sep) or (not writes and real.startswith(python)):
+            if (real + os.sep).startswith(mine + os.sep) or (not writes and real.startswith(python)):
                 return
             event = f"open {real}"
         elif event in HARMLESS or not event.startswith(FORBIDDEN):
