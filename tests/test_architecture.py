@@ -21,6 +21,7 @@ LEAVES = {
     for name in (
         "background",
         "batches",
+        "device_feed",
         "distributed",
         "errors",
         "events",

@@ -54,6 +54,11 @@ def data_config(config: TrainingConfig, *, split: bool, ranks: Ranks | None = No
         num_classes=config.num_classes,
         input_kind=config.input_kind,
         pad_id=config.pad_id,
+        pack_text=config.pack_text,
+        bucket_by_length=config.bucket_by_length,
+        inputs_path=config.inputs_path,
+        targets_path=config.targets_path,
+        cache_mb=config.cache_mb,
     )
 
 

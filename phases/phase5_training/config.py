@@ -89,7 +89,7 @@ class TrainingConfig(BaseModel):
     data_timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds to wait for a batch of the worker processes before the run ends, saved."""
     cache_size: Annotated[int, Field(ge=0)] = 1000
-    """Decoded samples kept in memory, least recently used dropped first."""
+    """Decoded samples kept in memory, where they are decoded at each use and all of them fit."""
     streaming: bool = False
     """Read in file order through a shuffle buffer, in bounded memory."""
     quality_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -116,6 +116,16 @@ class TrainingConfig(BaseModel):
     """What lists of whole numbers are; auto takes them for tokens."""
     pad_id: Annotated[int, Field(ge=0)] | None = None
     """Token that pads lists of token ids of different lengths; None refuses such lists."""
+    pack_text: bool = False
+    """Join texts end to end into blocks of max_length tokens for next-token training, without padding."""
+    bucket_by_length: bool = False
+    """Make batches of texts of like length, so that less of them is padding."""
+    inputs_path: str | None = None
+    """Array of the inputs in an HDF5 file, where it is not /dataset/inputs."""
+    targets_path: str | None = None
+    """Array or group of the targets in an HDF5 file."""
+    cache_mb: Positive = 64
+    """MiB that the samples of cache_size may take."""
 
     # Training
     epochs: Positive = 100
@@ -327,6 +337,7 @@ def check_same_run(run: str, recorded: Mapping[str, Any], given: Mapping[str, An
         "compile",
         "memory_budget",
         "cache_size",
+        "cache_mb",
     }
     for name, old in recorded.items():
         new = given.get(name)

@@ -168,7 +168,7 @@ class TrainingPipeline:
             gradient_filter=gradient_filter,
             max_grad_norm=config.max_grad_norm if config.gradient_clipping else None,
         )
-        self.notices.append(f"model {'compiled' if compiled else 'not compiled'}: {why}")
+        self.notices += [self.train_loader.sentence(), f"model {'' if compiled else 'not '}compiled: {why}"]
         monitor = monitor_of(config, self.spec.task, self.loss)
         self.run_directory = self._open_run()
         self.resolved = resolved_config(

@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
+
+from phase5_training.device_feed import moved_ahead
 from phase5_training.protocols import Batch
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.signals import StopFlag
@@ -16,10 +19,13 @@ class Feed:
     Args:
         flag: whether the run is to stop.
         waited: told the seconds that each batch was waited for.
+        device: where the batches of a loader with ``reads_ahead`` go before they are asked for.
     """
 
-    def __init__(self, flag: StopFlag, waited: Callable[[float], None]) -> None:
-        self._flag, self._waited = flag, waited
+    def __init__(
+        self, flag: StopFlag, waited: Callable[[float], None], device: torch.device | str = "cpu"
+    ) -> None:
+        self._flag, self._waited, self._device = flag, waited, torch.device(device)
         self._waits_in: int | None = None
         self.failed = False
         """Whether the data raised while a batch was awaited: between two steps, with the state whole."""
@@ -55,6 +61,8 @@ class Feed:
             # No way to seek: what was used before a resume is drawn again as it was drawn, and dropped.
             set_random_state(self.epoch_random)
         batches = iter(loader)
+        if getattr(loader, "reads_ahead", False):
+            batches = moved_ahead(batches, self._device)
         for _ in range(used):
             next(batches, None)
         if used:

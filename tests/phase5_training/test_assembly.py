@@ -30,6 +30,7 @@ def test_every_field_of_the_data_is_an_option_and_is_passed_on():
         "validation_split": 0.2, "seed": 4, "shuffle": False, "drop_last": True, "max_length": 6,
         "tokenizer": "t.json", "task": "regression", "invalid_records": "drop", "input_kind": "features",
         "pad_id": 7, "data_timeout": 9.0, "record_policies": {"duplicate": "drop"},
+        "pack_text": True, "bucket_by_length": True, "inputs_path": "x", "targets_path": "y", "cache_mb": 5,
         "max_dropped_share": 0.5, "num_classes": 3,
     }  # fmt: skip
     fields = {name.removeprefix("data_"): value for name, value in given.items()}

@@ -195,12 +195,13 @@ class SampleCache:
     """Encoded samples of a source that has to parse text for each, the latest used kept.
 
     Args:
-        capacity: samples kept.
+        capacity: samples kept, at most.
+        limit: bytes that they take, at most.
     """
 
-    def __init__(self, source: Source, collator: Collator, capacity: int) -> None:
-        self._source, self._collator = source, collator
-        self._kept: LRUCache[int, tuple] = LRUCache(capacity)
+    def __init__(self, source: Source, collator: Collator, capacity: int, limit: int) -> None:
+        self._source, self._collator, self._capacity = source, collator, capacity
+        self._kept: LRUCache[int, tuple] = LRUCache(limit, getsizeof=_row_bytes)
         self.hits = self.lookups = 0
 
     def fetch(self, indices: np.ndarray) -> Columns:
@@ -213,8 +214,18 @@ class SampleCache:
         if missing:
             columns = self._collator.encode(self._source.gather(np.array(missing, np.int64)))
             for i, row in zip(missing, _split(columns), strict=True):
-                rows[i] = self._kept[i] = row
+                rows[i] = row
+                while len(self._kept) >= self._capacity:
+                    self._kept.popitem()
+                if _row_bytes(row) <= self._kept.maxsize:
+                    self._kept[i] = row
         return _join(np.asarray(indices, np.int64), [rows[i] for i in wanted], self._collator.spec.ragged)
+
+
+def _row_bytes(row: tuple) -> int:
+    value, target = row
+    parts = [value, *(target.values() if isinstance(target, dict) else [target])]
+    return sum(128 + part.nbytes for part in parts if part is not None)  # 128: of the array itself
 
 
 def _split(columns: Columns) -> list[tuple]:

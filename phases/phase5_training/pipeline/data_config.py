@@ -20,7 +20,8 @@ class DataConfig:
     Args:
         batch_size: samples per batch.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
-        cache_size: parsed samples kept in memory, where a sample has to be parsed at each use; 0: none.
+        cache_size: parsed samples kept in memory, where a sample has to be parsed at each use; none are where
+            the data have more samples than these, or it is 0.
         streaming: never hold a whole file; shuffle within windows of ``shuffle_buffer`` records.
         quality_threshold: records whose metadata state a lower quality are left out.
         validation_split: share of the records kept for validation, in [0, 1).
@@ -38,6 +39,12 @@ class DataConfig:
         input_kind: "tokens" or "features" where whole numbers could be either; "auto" takes lists of
             whole numbers for tokens.
         pad_id: token with which to pad lists of token ids of different lengths; None refuses them.
+        pack_text: join texts end to end and cut them into blocks of ``max_length`` tokens, for next-token
+            training without padding.
+        bucket_by_length: make batches of texts of like length, so that less of them is padding.
+        inputs_path: array of the inputs in an HDF5 file, where it is not /dataset/inputs.
+        targets_path: array or group of the targets in an HDF5 file.
+        cache_mb: MiB that kept samples may take.
         shuffle_buffer: records shuffled together when streaming.
         memory_limit_mb: larger files are mapped or indexed, not loaded.
         timeout: seconds to wait for a batch of the worker processes.
@@ -67,6 +74,11 @@ class DataConfig:
     num_classes: int | None = None
     input_kind: Literal["auto", "features", "tokens"] = "auto"
     pad_id: int | None = None
+    pack_text: bool = False
+    bucket_by_length: bool = False
+    inputs_path: str | None = None
+    targets_path: str | None = None
+    cache_mb: int = 64
     shuffle_buffer: int = 4096
     memory_limit_mb: int = 1024
     timeout: float = 600.0
@@ -77,6 +89,7 @@ class DataConfig:
         for name, least in (
             ("batch_size", 1), ("num_workers", 0), ("cache_size", 0), ("seed", 0), ("max_length", 1),
             ("pad_id", 0), ("shuffle_buffer", 1), ("memory_limit_mb", 0), ("rank", 0), ("world_size", 1),
+            ("cache_mb", 1),
             ("num_classes", 1),
         ):  # fmt: skip
             value = getattr(self, name)

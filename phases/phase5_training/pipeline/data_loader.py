@@ -21,13 +21,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.data_config import DataConfig
-from phase5_training.pipeline.data_prepared import Prepared
+from phase5_training.pipeline.data_prepared import DEFAULT_BLOCK, Prepared
 from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, watched
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.dataset import is_map_style, open_dataset
+from phase5_training.pipeline.formats.length_buckets import LengthBuckets
 from phase5_training.pipeline.formats.order import BatchPlan, EpochOrder, split_indices
-from phase5_training.pipeline.formats.source import ReadOptions, Source, blocks_of
+from phase5_training.pipeline.formats.source import ReadOptions, Source, blocks_of, is_forward_only
 from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
 from phase5_training.pipeline.formats.text import make_tokenizer
 
@@ -38,7 +39,6 @@ WINDOW_BYTES = 64 << 20  # of blocks whose samples are shuffled together, at mos
 WINDOW_BLOCKS = 16  # blocks whose samples are shuffled together, at least
 GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 Quarantine = Callable[[dict[str, Any]], None]
-DEFAULT_BLOCK = 256  # tokens of a training sequence cut from a stream when max_length is not set
 
 
 class ForgeDataLoader:
@@ -59,10 +59,13 @@ class ForgeDataLoader:
         self.num_samples: int | None = len(prepared) if indices is None else len(indices)
         train = split == "train"
         blocks = blocks_of(prepared.source)
-        self._order = EpochOrder(
+        self._order: EpochOrder | LengthBuckets = EpochOrder(
             self.num_samples, indices, seed=self.config.seed, shuffle=self.config.shuffle and train,
             window=self._window(blocks), blocks=blocks,
         )  # fmt: skip
+        lengths = prepared.scan.lengths
+        if self.config.bucket_by_length and train and lengths is not None and not self.config.pack_text:
+            self._order = LengthBuckets(self._order, lengths, self.config.batch_size, self.config.seed)
         self._plan = BatchPlan(
             samples=self.num_samples, size=self.config.batch_size,
             drop_last=self.config.drop_last and train, whole_tail=not train,
@@ -89,10 +92,30 @@ class ForgeDataLoader:
     def __len__(self) -> int:
         return self._batches
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether batches may be drawn before the step that asks for them."""
+        return self._prepared.reads_ahead
+
+    @property
+    def mode(self) -> str:
+        """How the records are reached: "in memory", "random access" or "streaming"."""
+        source = self._prepared.source
+        if self.config.streaming or is_forward_only(source):
+            return "streaming"
+        return "in memory" if source.access == "memory" else "random access"
+
+    def sentence(self) -> str:
+        """The format, the number of samples and how they are reached, in words."""
+        order = "" if self._order.window is None else f", shuffled within {self._order.window} records"
+        size = f"{self.num_samples} samples in batches of {self.config.batch_size}"
+        return f"{self.split} data: {self._prepared.source.format}, {size}, {self.mode}{order}"
+
     def _window(self, blocks: np.ndarray | None) -> int | None:
         """Samples that are shuffled together; None for all."""
         if blocks is None:
-            return self.config.shuffle_buffer if self.config.streaming else None
+            streams = self.config.streaming or is_forward_only(self._prepared.source)
+            return self.config.shuffle_buffer if streams else None
         # Of many blocks, so that neighbors in the file part; of whole batches, so that each window is read
         # for its own batches only.
         largest = int(np.diff(np.append(blocks, len(self._prepared))).max())
@@ -189,10 +212,9 @@ class ForgeDataLoader:
     def description(self) -> dict[str, Any]:
         """What a run's record says about its data: format, counts, shapes, dropped records, cache."""
         scanned, spec, source = self._prepared.scan, self.spec, self._prepared.source
-        modes = {"memory": "in memory", "mapped": "in place", "parsed": "indexed"}
         return {
             "format": source.format,
-            "mode": "streaming" if self.config.streaming else modes[source.access],
+            "mode": self.mode,
             "files": source.paths[:20],
             "split": self.split,
             "records": scanned.records,
@@ -217,6 +239,7 @@ class ForgeDataLoader:
             "seed": self.config.seed,
             "cache_size": self.config.cache_size if self._prepared._cache is not None else 0,
             "cache_hit_rate": self._hits / self._lookups if self._lookups else None,
+            "shuffle_window": self._order.window,
             "source": source.describe(),
         }
 
@@ -354,6 +377,7 @@ def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchSt
             streaming=config.streaming, window=config.shuffle_buffer,
             block_length=config.max_length or DEFAULT_BLOCK,
             memory_limit=config.memory_limit_mb << 20, tokenizer=tokenizer,
+            inputs_path=config.inputs_path, targets_path=config.targets_path,
         )  # fmt: skip
         return open_source(source, options)
     if is_map_style(source):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from phase5_training.errors import UsageError
 from phase5_training.pipeline.data_collate import Collator, SampleCache
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.data_workers import WorkerBoard
-from phase5_training.pipeline.formats.columns import Columns, concat
+from phase5_training.pipeline.formats.columns import Columns, Ragged, as_ragged, concat
 from phase5_training.pipeline.formats.dataset import DatasetSource
+from phase5_training.pipeline.formats.packing import PackedText
 from phase5_training.pipeline.formats.scan import Scan, ScanOptions, scan
-from phase5_training.pipeline.formats.source import ArraySource, Source
+from phase5_training.pipeline.formats.source import ArraySource, Source, Tokenizer
 from phase5_training.pipeline.formats.spec import DataSpec
 from phase5_training.pipeline.formats.text import make_tokenizer
+
+DEFAULT_BLOCK = 256  # tokens of a training sequence cut from a stream when max_length is not set
 
 
 class Prepared:
@@ -32,12 +37,15 @@ class Prepared:
         tokenizer = make_tokenizer(config.tokenizer)
         options = ScanOptions(
             task=task, quality_threshold=config.quality_threshold, invalid_records=config.invalid_records,
-            input_kind=config.input_kind, pad_id=config.pad_id, max_length=config.max_length,
+            input_kind=config.input_kind, pad_id=config.pad_id,
+            max_length=None if config.pack_text else config.max_length,
+            keep_lengths=config.pack_text or config.bucket_by_length,
             record_policies=config.record_policies, max_dropped_share=config.max_dropped_share,
             num_classes=config.num_classes,
         )  # fmt: skip
         self.scan: Scan = scan(source, tokenizer, options, reference=spec, quarantine=quarantine)
         self.spec = self.scan.spec
+        self.has_targets = self.scan.has_targets
         self.source = source
         self.collator = Collator(self.spec, tokenizer)
         self.board: WorkerBoard | None = None
@@ -45,8 +53,12 @@ class Prepared:
         self._cache: SampleCache | None = None
         if source.access == "memory" and self.spec.tokenizer is not None:
             self._encoded = self._encode_all()
-        elif source.access == "parsed" and config.cache_size:
-            self._cache = SampleCache(source, self.collator, config.cache_size)
+        usable = self.scan.records if self.scan.keep is None else len(self.scan.keep)
+        if config.pack_text:
+            self._pack(tokenizer)
+        elif source.access == "parsed" and config.cache_size >= usable:
+            # In a shuffled epoch a smaller one would drop nearly every sample before it comes again.
+            self._cache = SampleCache(source, self.collator, config.cache_size, config.cache_mb << 20)
 
     def _encode_all(self) -> ArraySource:
         """Text held in memory is turned into tokens once, not once an epoch."""
@@ -62,6 +74,32 @@ class Prepared:
         # Positions stay those of the file, so what was dropped counts as unreadable here.
         columns.bad = dict.fromkeys(np.flatnonzero(lost).tolist(), "was dropped")
         return ArraySource.from_columns(self.source.format, self.source.paths, columns)
+
+    def _pack(self, tokenizer: Tokenizer) -> None:
+        """From here on a sample is a block of the joined texts."""
+        spec, found, whole = self.spec, self.scan, self._encoded
+        if spec.task != "next_token" or found.lengths is None or self.has_targets:
+            raise UsageError(
+                f"{self.source.paths[0]}: pack_text joins texts for next-token training, and these data are "
+                f"for {spec.task}{' with targets' if self.has_targets else ''}; leave it out"
+            )
+        block = self.config.max_length or DEFAULT_BLOCK
+        texts, collator = self.source, self.collator
+
+        def tokens(records: np.ndarray) -> Ragged:
+            columns = collator.encode(texts.gather(records)) if whole is None else whole.gather(records)
+            return as_ragged(columns.input)
+
+        records = np.arange(found.records) if found.keep is None else found.keep
+        blocks = PackedText(
+            texts, tokens, records, found.lengths[records], separator=tokenizer.separator,
+            block_length=block, vocab_size=spec.vocab_size,
+        )  # fmt: skip
+        shape = (block,)
+        self.source, self._encoded = blocks, None
+        self.spec = replace(spec, ragged=False, input_shape=shape, target_shape=shape, max_length=block)
+        self.scan = replace(found, spec=self.spec, records=len(blocks), keep=None, longest=block)
+        self.collator = Collator(self.spec, tokenizer)
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """The samples at ``indices`` as a batch."""

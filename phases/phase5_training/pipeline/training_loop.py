@@ -102,7 +102,7 @@ class TrainingLoop:
         self._first_loss: Tensor | None = None
         self._started = time.perf_counter()
         self._meter = Meter(self.device)
-        self._feed = Feed(self._flag, self._meter.note_wait)
+        self._feed = Feed(self._flag, self._meter.note_wait, self.device)
         self._watch = BatchWatch(config.spike_threshold, self.device)
         self._saver = Saver(checkpoints, config.checkpoint_interval)
         self._gradient = BatchGradient(

@@ -828,3 +828,131 @@ def test_batches_read_together_are_those_read_alone(tmp_path, kind, monkeypatch)
     together = list(load(path, batch_size=4, memory_limit_mb=0))
     monkeypatch.setattr(data_loader, "MAX_TOGETHER", 1)
     same(load(path, batch_size=4, memory_limit_mb=0), together)
+
+
+# --- text without padding --------------------------------------------------------------------------
+
+
+def texts(n, seed=0):
+    lengths = np.random.default_rng(seed).geometric(0.03, n)
+    return [(f"{i} " * 400)[:length] for i, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True, "cache_size": 0}, {"num_workers": 2}])
+def test_packed_texts_are_the_joined_texts_cut(tmp_path, options):
+    found = texts(60)
+    path = write_lines(tmp_path / "t.jsonl", [{"input": t} for t in found])
+    loader = load(path, pack_text=True, max_length=50, batch_size=4, shuffle=False, **options)
+    joined = np.frombuffer(b"".join(t.encode() + b"\0" for t in found), np.uint8)
+    blocks = (len(joined) - 1) // 50
+    assert loader.num_samples == blocks
+    assert (loader.spec.input_shape, loader.spec.ragged) == ((50,), False)
+    for _ in range(2):
+        batches = list(loader)
+        inputs = torch.cat([b["input"] for b in batches]).flatten()
+        targets = torch.cat([b["target"] for b in batches]).flatten()
+        assert inputs.tolist() == joined[: blocks * 50].tolist()
+        assert targets.tolist() == joined[1 : blocks * 50 + 1].tolist()
+    described = loader.description()["source"]
+    assert described["tokens_unused"] == len(joined) - 1 - blocks * 50
+    assert described["texts"] == 60
+
+
+def test_packing_leaves_out_what_was_dropped_and_takes_the_tokenizers_separator(tmp_path):
+    import tokenizers
+
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>": 3}, "[UNK]")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    records = [
+        {"input": "a b", "quality": 1.0},
+        {"input": "b b b", "quality": 0.1},
+        {"input": "b a a", "quality": 1.0},
+    ]
+    loader = load(
+        write_lines(tmp_path / "t.jsonl", records), pack_text=True, max_length=3, quality_threshold=0.5,
+        shuffle=False, tokenizer=tmp_path / "tokenizer.json", max_dropped_share=0.5,
+    )  # fmt: skip
+    assert torch.cat([b["input"] for b in loader]).tolist() == [[1, 2, 3], [2, 1, 1]]
+
+
+def test_what_cannot_be_packed(tmp_path):
+    path = write_lines(tmp_path / "t.jsonl", [{"input": "ab", "target": 1}] * 4)
+    with pytest.raises(UsageError, match=r"pack_text .* these data are for classification with targets"):
+        load(path, pack_text=True)
+    path = write_lines(tmp_path / "u.jsonl", [{"input": "ab"}] * 4)
+    with pytest.raises(DataError, match="the texts have 12 tokens together, fewer than one block of 257"):
+        load(path, pack_text=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"streaming": True}, {"num_workers": 2}, {"world_size": 2}])
+def test_buckets_of_like_length_hold_every_sample_once_and_less_padding(tmp_path, options):
+    records = [{"input": t, "target": i % 2} for i, t in enumerate(texts(500))]
+    path = write_lines(tmp_path / "t.jsonl", records)
+    common = {"batch_size": 8, **options}
+    plain, bucketed = load(path, **common), load(path, bucket_by_length=True, **common)
+    epochs = []
+    for _ in range(2):
+        batches = list(bucketed)
+        epochs.append([i for b in batches for i in b["index"].tolist()])
+        if "world_size" not in options:
+            assert sorted(epochs[-1]) == list(range(500))
+            assert [len(b["index"]) for b in batches] == [8] * 62 + [4]
+        used = sum(len(records[i]["input"]) for i in epochs[-1])
+        assert used / sum(b["input"].numel() for b in batches) > 0.8
+    assert epochs[0] != epochs[1]
+    share = np.mean([len(records[i]["input"]) for b in plain for i in b["index"].tolist()])
+    assert share / np.mean([b["input"].shape[1] for b in plain]) < 0.6
+    again = load(path, bucket_by_length=True, **common)
+    again.set_position(1, 11)
+    rest = [i for b in again for i in b["index"].tolist()]
+    assert rest == epochs[1][-len(rest) :]
+
+
+# --- other places ----------------------------------------------------------------------------------
+
+
+def test_arrays_of_an_hdf5_file_by_name(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["run/3/images"] = np.arange(12.0).reshape(6, 2)
+        file["run/3/labels"] = np.arange(6) % 3
+        file["many/a"], file["many/b"] = np.arange(6), np.arange(6) / 2
+        file["out"] = h5py.ExternalLink("b.h5", "/x")
+    for options in ({}, {"memory_limit_mb": 0}):
+        loader = load(tmp_path / "a.h5", inputs_path="run/3/images", targets_path="/run/3/labels", **options)
+        batch = next(iter(loader))
+        assert torch.equal(batch["input"][:, 0], 2.0 * batch["index"])
+        assert torch.equal(batch["target"], batch["index"] % 3)
+        loader = load(tmp_path / "a.h5", inputs_path="/run/3/images", targets_path="many", **options)
+        assert sorted(loader.spec.targets) == ["a", "b"]
+    for where, message in (
+        ("none/there", r"holds no 'none/there'; it holds \['many'"),
+        ("out", "external link"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(tmp_path / "a.h5", inputs_path=where)
+        with pytest.raises(DataError, match=message):
+            load(tmp_path / "a.h5", inputs_path="run/3/images", targets_path=where)
+
+
+# --- the cache --------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_cannot_hold_the_data_is_left_out(tmp_path):
+    path = write(tmp_path, "jsonl")
+    loader = load(path, streaming=True, cache_size=N - 1)
+    assert loader.description()["cache_size"] == 0
+    assert loader.description()["cache_hit_rate"] is None
+
+
+def test_a_cache_keeps_within_its_bytes(tmp_path):
+    records = [{"input": "x" * 50_000, "target": i % 2} for i in range(40)]
+    path = write_lines(tmp_path / "t.jsonl", records)
+    loader = load(path, streaming=True, cache_mb=1, shuffle=False)
+    for _ in range(2):
+        assert sum(len(b["index"]) for b in loader) == 40
+        kept = loader._prepared._cache._kept
+        assert 0 < len(kept) * 50_000 <= 1 << 20
+    assert loader.description()["cache_hit_rate"] < 0.5

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from phase5_training.errors import DataError
+from phase5_training.pipeline.formats.arrow import open_arrow, open_csv, open_parquet
 from phase5_training.pipeline.formats.binary import open_npy, open_npz, open_safetensors, open_tokens
+from phase5_training.pipeline.formats.compressed import COMPRESSIONS, open_compressed
 from phase5_training.pipeline.formats.hdf5 import open_hdf5
 from phase5_training.pipeline.formats.json import open_json, open_json_lines
 from phase5_training.pipeline.formats.pickle import open_pickle
@@ -35,6 +37,12 @@ READERS: dict[str, Opener] = {
     ".npy": open_npy,
     ".npz": open_npz,
     ".safetensors": open_safetensors,
+    ".parquet": open_parquet,
+    ".arrow": open_arrow,
+    ".feather": open_arrow,
+    ".csv": open_csv,
+    ".tsv": open_csv,
+    **{text + last: open_compressed for text in (".json", ".jsonl", ".ndjson") for last in COMPRESSIONS},
 }
 # Formats whose files join into one stream of tokens.
 STREAM_READERS: dict[str, Callable[[list[Path], ReadOptions], Source]] = {
@@ -62,9 +70,9 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
         raise DataError("the list of data files is empty; name at least one file")
     kinds = {_reader(file) for file in files}
     if len(kinds) > 1:
-        names = sorted({file.suffix.lower() for file in files})
+        names = sorted({extension(file) for file in files})
         raise DataError(f"{files[0].parent}: files of different formats {names}; use one format at a time")
-    suffix = files[0].suffix.lower()
+    suffix = extension(files[0])
     if suffix in STREAM_READERS:
         return STREAM_READERS[suffix](files, options)
     # What fits in memory is judged by all files together.
@@ -77,8 +85,19 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
     return sources[0] if len(sources) == 1 else ShardedSource(sources)
 
 
+def extension(file: Path) -> str:
+    """What a file's name ends with, in small letters; of a compressed one both parts.
+
+    Example:
+        >>> extension(Path("a.JSON")), extension(Path("b.v2.jsonl.gz"))
+        ('.json', '.jsonl.gz')
+    """
+    last = file.suffix.lower()
+    return Path(file.stem).suffix.lower() + last if last in COMPRESSIONS else last
+
+
 def _reader(file: Path) -> Callable:
-    suffix = file.suffix.lower()
+    suffix = extension(file)
     if suffix in READERS:
         return READERS[suffix]
     if suffix in STREAM_READERS:
@@ -124,7 +143,7 @@ def _folder(folder: Path) -> list[Path]:
     files = []
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if hidden or not file.is_file() or file.suffix.lower() not in EXTENSIONS or _beside(file):
+        if hidden or not file.is_file() or extension(file) not in EXTENSIONS or _beside(file):
             continue
         if not file.resolve().is_relative_to(root):
             raise DataError(f"{file}: a link that leads out of the data folder; copy the file in")

@@ -156,6 +156,10 @@ class BatchLoader:
             for key, part in batch.items()
         }
 
+    def sentence(self) -> str:
+        """What is read, in words."""
+        return f"{self.split} data: batches of {self._stream.name}, as they come"
+
     def description(self) -> dict[str, Any]:
         """What a run's record says about its data."""
         spec = self.spec

@@ -61,6 +61,14 @@ class Ragged:
         shift = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
         return Ragged(self.flat[shift + np.arange(offsets[-1])], offsets)
 
+    def followed_by(self, token: int) -> Ragged:
+        """Every sequence with one more element at its end."""
+        n, total = len(self), int(self.offsets[-1])
+        offsets = self.offsets + np.arange(n + 1)
+        flat = np.full(total + n, token, np.int64)
+        flat[np.arange(total) + np.repeat(np.arange(n), self.lengths)] = self.flat[:total]
+        return Ragged(flat, offsets)
+
     def padded(self, width: int, fill: int) -> np.ndarray:
         """(n, width) int64: sequences cut at ``width`` and right-padded with ``fill``."""
         if not len(self.flat):

@@ -32,7 +32,7 @@ def open_hdf5(path: Path, options: ReadOptions) -> Source:
     Raises:
         DataError: not HDF5, inputs missing, rows that do not match, or a feature that is refused.
     """
-    source = Hdf5Source(path)
+    source = Hdf5Source(path, options.inputs_path, options.targets_path)
     if not options.loads(source.nbytes):
         return source
     arrays = {name: source.read_all(name) for name in source.names}
@@ -50,7 +50,7 @@ class Hdf5Source:
     access: Access = "mapped"
     vocab_size: int | None = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, inputs: str | None = None, targets: str | None = None) -> None:
         self.path, self.paths = path, [str(path)]
         self._file: h5py.File | None = None
         self._pid = -1
@@ -61,7 +61,7 @@ class Hdf5Source:
             reason = str(error).split("(")[0].strip()
             raise DataError(f"{path}: cannot be opened as HDF5 ({reason})") from error
         with file:
-            self.names, group = self._find(file)
+            self.names, group = self._named(file, inputs, targets) if inputs else self._find(file)
             rows = {name: self._check(file, name, where) for name, where in self.names.items()}
             self._length = rows["inputs"]
             for name, n in rows.items():
@@ -73,9 +73,9 @@ class Hdf5Source:
                 raise DataError(f"{path}: {self.names['inputs']} is empty; wanted at least one record")
             sets = [file[where] for where in self.names.values()]
             self.nbytes = sum(d.size * max(d.dtype.itemsize, 1) for d in sets)
-            inputs = file[self.names["inputs"]]
-            self._row_bytes = max(1, inputs.nbytes // self._length)
-            self._block_rows = inputs.chunks[0] if inputs.chunks else max(1, BLOCK_BYTES // self._row_bytes)
+            data = file[self.names["inputs"]]
+            self._row_bytes = max(1, data.nbytes // self._length)
+            self._block_rows = data.chunks[0] if data.chunks else max(1, BLOCK_BYTES // self._row_bytes)
             self._attributes = {k: _plain(v) for k, v in group.attrs.items()}
             metadata = group.get("metadata")
             self._metadata = {k: _plain(v) for k, v in metadata.attrs.items()} if metadata is not None else {}
@@ -100,6 +100,30 @@ class Hdf5Source:
             else:
                 return
         raise DataError(f"{self.path}: {where!r} is a chain of more than {_MAX_LINKS} soft links")
+
+    def _named(self, file: h5py.File, inputs: str, targets: str | None) -> tuple[dict[str, str], h5py.Group]:
+        """What `_find` returns, for arrays that the user names."""
+        names = {}
+        for column, where in (("inputs", inputs), ("targets", targets)):
+            if where is None:
+                continue
+            self._refuse_missing(file, where)
+            found = file[where]
+            if column == "targets" and isinstance(found, h5py.Group):
+                for name in sorted(found):
+                    self._refuse_links(file, f"{found.name}/{name}")
+                    names[f"targets.{name}"] = f"{found.name}/{name}"
+            else:
+                names[column] = str(found.name)
+        return names, file
+
+    def _refuse_missing(self, file: h5py.File, where: str) -> None:
+        try:
+            self._refuse_links(file, where)
+        except (KeyError, AttributeError) as error:
+            held: list[str] = []
+            file.visit(lambda name: held.append(name) if len(held) < 8 else True)
+            raise DataError(f"{self.path}: holds no {where!r}; it holds {held}") from error
 
     def _find(self, file: h5py.File) -> tuple[dict[str, str], h5py.Group]:
         """Column names -> paths in the file, and the group that holds them."""

@@ -15,6 +15,7 @@ import logging
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 import time
 import zlib
@@ -44,16 +45,16 @@ STALE_SECONDS = 86400  # age of a temporary file that nobody writes any more
 
 def file_key(path: Path, kind: str) -> dict[str, Any]:
     """What tells a version of a data file, read as ``kind``, from any other."""
-    stat = path.stat()
+    found = path.stat()
     with path.open("rb") as file:
         head = file.read(HASHED)
-        file.seek(max(stat.st_size - HASHED, 0))
+        file.seek(max(found.st_size - HASHED, 0))
         tail = file.read(HASHED)
     return {
         "version": VERSION,
         "kind": kind,
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
+        "size": found.st_size,
+        "mtime_ns": found.st_mtime_ns,
         "head": hashlib.sha256(head).hexdigest(),
         "tail": hashlib.sha256(tail).hexdigest(),
     }
@@ -258,7 +259,7 @@ class IndexWriter:
             except OSError as error:
                 self.why_memory = f"{target.parent} cannot be written ({error.strerror or error})"
                 continue
-            shutil.copymode(self._path, file.name)
+            os.chmod(file.name, stat.S_IMODE(self._path.stat().st_mode))
             file.write(MAGIC)
             self._spans = tempfile.TemporaryFile(dir=target.parent)  # noqa: SIM115
             return file, target

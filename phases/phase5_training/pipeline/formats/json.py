@@ -16,7 +16,7 @@ import numpy as np
 import orjson
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.formats.columns import Columns, Targets, Values, concat
+from phase5_training.pipeline.formats.columns import Columns, concat
 from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, chunks_of, load
 from phase5_training.pipeline.formats.json_records import (
     Finder,
@@ -28,7 +28,7 @@ from phase5_training.pipeline.formats.json_records import (
 )
 from phase5_training.pipeline.formats.objects import source_from_object
 from phase5_training.pipeline.formats.record_parser import RecordParser, holds_huge_floats
-from phase5_training.pipeline.formats.row_file import narrowest
+from phase5_training.pipeline.formats.row_file import narrowed
 from phase5_training.pipeline.formats.source import CHUNK_ROWS, Access, ArraySource, ReadOptions, Source
 
 WHOLE_BYTES = 16 << 20  # a .json file up to this size is parsed as one document
@@ -75,21 +75,8 @@ def _open(path: Path, format: str, finder: Finder, options: ReadOptions) -> Sour
         return source
     chunks = []
     for chunk in source.iterate():
-        _narrow(chunk)
-        chunks.append(chunk)
+        chunks.append(narrowed(chunk))
     return ArraySource.from_columns(format, [str(path)], concat(chunks))
-
-
-def _narrow(chunk: Columns) -> None:
-    def smaller(values: Values) -> Values:
-        return values.astype(narrowest(values)) if isinstance(values, np.ndarray) else values
-
-    target: Targets = chunk.target
-    if isinstance(target, dict):
-        chunk.target = {name: smaller(values) for name, values in target.items()}
-    elif target is not None:
-        chunk.target = smaller(target)
-    chunk.input = smaller(chunk.input)
 
 
 def _parse(path: Path) -> Any:

@@ -15,7 +15,8 @@ from phase5_training.errors import DataError
 _SPLIT, _EPOCH, _WINDOW, _BLOCKS = 1, 2, 3, 4  # keep the draws for different purposes apart
 
 
-def _keys(n: int, *seed: int) -> np.ndarray:
+def draw(n: int, *seed: int) -> np.ndarray:
+    """(n,) random uint64, fixed by a purpose, a seed and an epoch."""
     return np.random.Philox(np.random.SeedSequence(seed)).random_raw(n)
 
 
@@ -38,7 +39,7 @@ def split_indices(
         (7, 3, 0)
     """
     usable = np.arange(records) if keep is None else keep
-    keys = _keys(records, _SPLIT, seed)[usable]
+    keys = draw(records, _SPLIT, seed)[usable]
     chosen = np.zeros(len(usable), bool)
     chosen[np.argsort(keys, kind="stable")[:held_out]] = True
     return usable[~chosen], usable[chosen]
@@ -91,7 +92,7 @@ class EpochOrder:
 
     def _permutation(self, epoch: int, part: int, start: int, stop: int) -> np.ndarray:
         if self._kept is None or self._kept[0] != (epoch, part):
-            keys = _keys(stop - start, _EPOCH, self._seed, epoch, part)
+            keys = draw(stop - start, _EPOCH, self._seed, epoch, part)
             self._kept = ((epoch, part), start + np.argsort(keys, kind="stable"))
         return self._kept[1]
 
@@ -108,7 +109,7 @@ class EpochOrder:
         return places.astype(np.int64) if self.indices is None else self.indices[places].astype(np.int64)
 
     def _windowed(self, epoch: int, start: int, stop: int, window: int) -> np.ndarray:
-        shift = int(_keys(1, _WINDOW, self._seed, epoch)[0] % window)
+        shift = int(draw(1, _WINDOW, self._seed, epoch)[0] % window)
         parts = []
         while start < stop:
             part = (start + shift) // window
@@ -132,7 +133,7 @@ class EpochOrder:
         """The samples ``start`` to ``stop`` where the blocks of the epoch follow each other unshuffled."""
         assert self._bounds is not None
         if self._kept_blocks is None or self._kept_blocks[0] != epoch:
-            order = np.argsort(_keys(len(self._bounds) - 1, _BLOCKS, self._seed, epoch), kind="stable")
+            order = np.argsort(draw(len(self._bounds) - 1, _BLOCKS, self._seed, epoch), kind="stable")
             ends = np.cumsum(np.diff(self._bounds)[order])
             self._kept_blocks = (epoch, order, ends)
         _, order, ends = self._kept_blocks

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from phase5_training.pipeline.formats.columns import Columns
+from phase5_training.pipeline.formats.columns import Columns, Values
 
 PIECE = 8 << 20  # bytes copied at a time
 _INTEGERS = ("uint8", "int8", "uint16", "int16", "int32", "int64")
@@ -128,8 +128,10 @@ def narrowest(values: np.ndarray) -> np.dtype:
         >>> narrowest(np.array([3, -300]))
         dtype('int16')
     """
-    if values.dtype.kind == "f" or not values.size:
-        return values.dtype if values.dtype.kind == "f" else np.dtype(np.uint8)
+    if values.dtype.kind == "f":
+        return values.dtype
+    if not values.size:
+        return np.dtype(np.uint8)
     low, high = int(values.min()), int(values.max())
     return np.dtype(next(k for k in _INTEGERS if np.iinfo(k).min <= low and high <= np.iinfo(k).max))
 
@@ -141,3 +143,17 @@ def _common(kinds: list[np.dtype]) -> np.dtype:
     low = min(np.iinfo(kind).min for kind in kinds)
     high = max(np.iinfo(kind).max for kind in kinds)
     return np.dtype(next(k for k in _INTEGERS if np.iinfo(k).min <= low and high <= np.iinfo(k).max))
+
+
+def narrowed(columns: Columns) -> Columns:
+    """The same records with integers in the narrowest types that hold them."""
+
+    def smaller(values: Values) -> Values:
+        return values.astype(narrowest(values)) if isinstance(values, np.ndarray) else values
+
+    target = columns.target
+    if isinstance(target, dict):
+        target = {name: smaller(values) for name, values in target.items()}
+    elif target is not None:
+        target = smaller(target)
+    return Columns(columns.index, smaller(columns.input), target, columns.quality, columns.bad)

@@ -36,6 +36,7 @@ class ScanOptions:
     input_kind: InputChoice = "auto"
     pad_id: int | None = None
     max_length: int | None = None
+    keep_lengths: bool = False
     record_policies: Mapping[str, Policy] = field(default_factory=dict)
     max_dropped_share: float = 1.0
     num_classes: int | None = None
@@ -46,6 +47,7 @@ class Scan:
     """What the pass found.
 
     ``keep``: positions of the usable records, None when all are usable. ``longest``: tokens of the longest.
+    ``lengths``: (records,) tokens of each, where they were asked for and differ.
     """
 
     spec: DataSpec
@@ -55,6 +57,8 @@ class Scan:
     truncated: int
     without_quality: int
     longest: int
+    lengths: np.ndarray | None
+    has_targets: bool
 
 
 class Scanner:
@@ -71,6 +75,7 @@ class Scanner:
         self.lost = array("q")
         self.duplicates = Duplicates() if "duplicate" in options.record_policies else None
         self.truncated = self.without_quality = 0
+        self._lengths: list[tuple[np.ndarray, np.ndarray]] = []
 
     def _reasons(self, chunk: Columns, text: bool) -> dict[int, Reason]:
         """What is wrong with which rows of a chunk; quality first, so that a bad record may be low too."""
@@ -163,9 +168,15 @@ class Scanner:
             mask[np.frombuffer(self.lost, np.int64)] = False
             keep = np.flatnonzero(mask)
         spec = build_spec(self, kept)
+        lengths = None
+        if self._lengths:
+            lengths = np.zeros(records, np.int32)
+            for index, found in self._lengths:
+                lengths[index] = found
         return Scan(
-            spec, records, keep, dict(self.dropped), self.truncated, self.without_quality, self.input.longest
-        )
+            spec, records, keep, dict(self.dropped), self.truncated, self.without_quality,
+            self.input.longest, lengths, bool(self.target),
+        )  # fmt: skip
 
     def _check_share(self, records: int) -> None:
         lost, limit = len(self.lost), self.options.max_dropped_share
@@ -182,6 +193,8 @@ class Scanner:
         quality = np.full(len(chunk), np.nan) if chunk.quality is None else chunk.quality
         self.without_quality += int(np.isnan(quality).sum())
         self.input.update(chunk.input, text)
+        if self.options.keep_lengths and isinstance(chunk.input, Ragged):
+            self._lengths.append((chunk.index, chunk.input.lengths.astype(np.int32)))
         limit = self.options.max_length
         if limit is not None and isinstance(chunk.input, Ragged):
             extra = 1 if self._next_token(chunk) else 0

@@ -29,6 +29,7 @@ class Tokenizer(Protocol):
 
     vocab_size: int
     name: str
+    separator: int | None
 
     def encode(self, texts: Sequence[str | bytes]) -> Ragged:
         """One row of token ids per text."""
@@ -41,13 +42,16 @@ class ReadOptions:
 
     ``streaming``: keep no whole file in memory. ``window`` (records): how far apart the records of
     neighboring batches may lie. ``block_length`` (tokens): inputs cut from token streams.
-    ``memory_limit`` (bytes): larger files are mapped or indexed instead of loaded.
+    ``memory_limit`` (bytes): larger files are mapped or indexed instead of loaded. ``inputs_path`` and
+    ``targets_path`` name arrays in an HDF5 file.
     """
 
     streaming: bool = False
     window: int = 4096
     block_length: int = 256
     memory_limit: int = 1 << 30
+    inputs_path: str | None = None
+    targets_path: str | None = None
     tokenizer: Tokenizer | None = None
 
     def loads(self, size: int) -> bool:
@@ -97,6 +101,21 @@ class Blocked(Protocol):
     def blocks(self) -> np.ndarray | None:
         """Positions at which blocks begin, ascending from 0; None where there are none after all."""
         ...
+
+
+@runtime_checkable
+class MayBeForwardOnly(Protocol):
+    """A source that perhaps cannot seek."""
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether its records must be asked for nearly in the order of the file."""
+        ...
+
+
+def is_forward_only(source: Source) -> bool:
+    """Whether the records of a source must be asked for nearly in the order of the file."""
+    return isinstance(source, MayBeForwardOnly) and source.forward_only
 
 
 def blocks_of(source: Source) -> np.ndarray | None:
@@ -280,6 +299,11 @@ class ShardedSource:
             for chunk in shard.iterate():
                 yield self._shift(chunk, start)
             start += len(shard)
+
+    @property
+    def forward_only(self) -> bool:
+        """See `MayBeForwardOnly`."""
+        return any(is_forward_only(shard) for shard in self._shards)
 
     def blocks(self) -> np.ndarray | None:
         """See `Blocked`."""

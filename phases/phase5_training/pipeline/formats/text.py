@@ -23,6 +23,7 @@ class ByteTokenizer:
 
     vocab_size = 256
     name = "bytes"
+    separator: int | None = 0
 
     def encode(self, texts: Sequence[str | bytes]) -> Ragged:
         """One row of byte values per text."""
@@ -31,6 +32,10 @@ class ByteTokenizer:
         offsets = np.zeros(len(raw) + 1, np.int64)
         np.cumsum([len(r) for r in raw], out=offsets[1:])
         return Ragged(np.frombuffer(b"".join(raw), np.uint8), offsets)
+
+
+# How tokenizers name the token after a text.
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 
 
 class FileTokenizer:
@@ -49,6 +54,8 @@ class FileTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.vocab_size = self._tokenizer.get_vocab_size()
+        known = (self._tokenizer.token_to_id(name) for name in _ENDS)
+        self.separator: int | None = next((token for token in known if token is not None), None)
 
     def encode(self, texts: Sequence[str | bytes]) -> Ragged:
         """One row of token ids per text."""
