@@ -254,7 +254,7 @@ def _features(path: Path, table: Any, names: list[str], bad: dict[int, str]) -> 
             f"{path}: no column is named 'input', and {odd or names} are no numbers to take for features; "
             "name the input column 'input', or leave the others out"
         )
-    return np.stack(columns, 1)  # type: ignore[arg-type]
+    return narrow(np.stack(columns, 1))  # type: ignore[arg-type]
 
 
 def _values(path: Path, table: Any, name: str, bad: dict[int, str]) -> Values:

@@ -18,6 +18,7 @@ from phase5_training.pipeline.formats.source import CHUNK_ROWS, ReadOptions, Sou
 MAX_GROWTH = 1100  # gzip cannot grow more; a zstd file that does is a bomb
 LEAST_GROWTH = 64 << 20  # bytes that any file may grow to
 MAX_ZSTD_WINDOW = 128 << 20
+ZSTD_PIECE = 512  # bytes unpacked at a time: no more than 16 MB of text each
 
 
 class _Inflated:
@@ -55,9 +56,41 @@ def _zstd(path: Path) -> tuple[Any, tuple[type[Exception], ...]]:
         raise UsageError(
             f"{path}: zstd files need the zstandard package: pip install 'forge-training[zstd]'"
         ) from error
-    reader = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
-    file = reader.stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-    return file, (zstandard.ZstdError,)
+    return _ZstdText(path, zstandard), (zstandard.ZstdError, EOFError)
+
+
+class _ZstdText:
+    """The text of a zstd file, of one frame or several.
+
+    The package's own reader takes a file that was cut short for a whole one.
+    """
+
+    def __init__(self, path: Path, zstandard: Any) -> None:
+        self._file, self._text = path.open("rb"), bytearray()
+        self._reader = zstandard.ZstdDecompressor(max_window_size=MAX_ZSTD_WINDOW)
+        self._frame: Any = None
+
+    def __enter__(self) -> _ZstdText:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        while len(self._text) < size:
+            raw = self._file.read(ZSTD_PIECE)
+            if not raw:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                break
+            while raw:
+                self._frame = self._frame or self._reader.decompressobj()
+                self._text += self._frame.decompress(raw)
+                raw = self._frame.unused_data if self._frame.eof else b""
+                self._frame = None if self._frame.eof else self._frame
+        block = bytes(self._text[:size])
+        del self._text[:size]
+        return block
 
 
 _OPENERS: dict[str, Callable[[Path], tuple[Any, tuple[type[Exception], ...]]]] = {".gz": _gzip, ".zst": _zstd}
