@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint typecheck format faults bench clean distclean
+.PHONY: help demo test check lint typecheck format faults fuzz bench clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ faults: $(VENV)/dev.stamp ## kill real training a hundred times and at every mom
 	PYTHONPATH=tests $(BIN)/python -m faults.trials $(ARGS)
 
 # A case whose library is missing keeps its row with the error, so the libraries come first.
+fuzz: $(VENV)/dev.stamp ## change data files of every format for a minute and read them in a sandbox
+	PYTHONPATH=tests $(BIN)/python -m hostile.fuzz $(ARGS)
+
 bench: $(VENV)/bench.stamp ## measure against float layers and other libraries; hours; replaces the records
 	@set -e; for script in benchmarks/bench_*.py; do \
 		echo "$$script"; $(BIN)/python "$$script" $(ARGS); \

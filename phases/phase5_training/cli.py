@@ -19,6 +19,7 @@ USAGE = """forge: train 1.58-bit networks
   forge train [CONFIG.yaml] ...    train from a file, flags, or both
   forge resume RUN                 continue a run from its newest checkpoint, or from RUN/checkpoints/step-N
   forge evaluate RUN               measure the best weights of a run
+  forge inspect-data FILE ...      counts, shapes, ranges, classes, quality, bad records of data files
   forge tune CONFIG.yaml           find rate, decay, optimizer and filter for a run, in a tenth of its steps
   forge bench [CONFIG.yaml]        time to a target: Forge against float, plain and tuned
   forge report RUN [RUN ...]       write the report of a run, or of several side by side
@@ -172,6 +173,30 @@ def _evaluate(words: Sequence[str]) -> int:
     return 0
 
 
+def _inspect_data(words: Sequence[str]) -> int:
+    parser = Parser(
+        "forge inspect-data",
+        description="Show what data files hold: counts, shapes, ranges, class balance, quality, samples, and "
+        "the records that training would leave out.",
+    )
+    parser.add_argument("data", nargs="+", help="files, folders or patterns of one format")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--samples", type=int, default=3, help="records to show; default 3")
+    parser.add_argument("--quarantine", help="JSON lines to write every bad record to")
+    add_config_flags(parser, INSPECT_OPTIONS)
+    found = parser.parse_strictly(words)
+    from phase5_training.commands import inspect_files
+
+    inspect_files(
+        found.data,
+        config_values(found),
+        samples=found.samples,
+        as_json=found.json,
+        quarantine=found.quarantine,
+    )
+    return 0
+
+
 def _tune(words: Sequence[str]) -> int:
     parser = Parser(
         "forge tune",
@@ -293,6 +318,11 @@ def _tell(result: Any) -> int:
     return 0
 
 
+INSPECT_OPTIONS = (
+    "task", "streaming", "quality_threshold", "max_length", "tokenizer", "num_classes",
+    "input_kind", "pad_id",
+)  # fmt: skip
+
 _SHOWN = (
     "final_loss",
     "final_accuracy",
@@ -319,6 +349,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": _train,
     "resume": _resume,
     "evaluate": _evaluate,
+    "inspect-data": _inspect_data,
     "tune": _tune,
     "bench": _bench,
     "report": _report,

@@ -1,5 +1,7 @@
 """What the verbs of the command line do, as functions of plain arguments."""
 
+import contextlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ from phase4_bitnet.store import load_compressed_model
 from phase5_training.assembly import data_config, loss_of, validator_of
 from phase5_training.checkpoint import CheckpointStore
 from phase5_training.config import TrainingConfig, load_yaml, parse_config
-from phase5_training.errors import UsageError, nearest_match
+from phase5_training.errors import DataError, UsageError, nearest_match
 from phase5_training.factory import TrainingPipeline, create_training_pipeline
 from phase5_training.hardware import resolve_amp, resolve_device
+from phase5_training.inspection import inspect_data
+from phase5_training.inspection_text import as_text
 from phase5_training.models import check_against_data, prepare_model
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.records import CHECKPOINTS, RunDirectory
@@ -154,6 +158,39 @@ def evaluate(folder: str, data: str | Sequence[str] | None = None, device: str =
     use_amp, amp_dtype = resolve_amp(config.use_amp if same_device else False, config.amp_dtype, where)
     validator = validator_of(model, loader.spec, where, use_amp, amp_dtype)
     return validator.run_validation(loader, loss)
+
+
+def inspect_files(
+    paths: Sequence[str],
+    values: Mapping[str, Any],
+    *,
+    samples: int = 3,
+    as_json: bool = False,
+    quarantine: str | None = None,
+) -> None:
+    """Print what data files hold.
+
+    Args:
+        paths: files, folders or patterns of one format.
+        values: options of a run about its data.
+        samples: records to show.
+        as_json: print JSON and not text.
+        quarantine: a file for the records that training would leave out.
+
+    Raises:
+        DataError: the files cannot be opened, or no run could use them; what they hold is printed first.
+    """
+    config = data_config(parse_config(values), split=False)
+    with open(quarantine, "w", encoding="utf-8") if quarantine else contextlib.nullcontext() as file:
+
+        def note(record: dict[str, Any]) -> None:
+            if file is not None:
+                file.write(json.dumps(record) + "\n")
+
+        found = inspect_data(paths, config, samples=samples, quarantine=note)
+    print(json.dumps(found, indent=2, allow_nan=False) if as_json else as_text(found))
+    if found["problem"]:
+        raise DataError(found["problem"])
 
 
 def open_run(folder: str) -> RunDirectory:

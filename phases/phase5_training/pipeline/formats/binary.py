@@ -108,6 +108,10 @@ def open_npz(path: Path, options: ReadOptions) -> ArraySource:
         DataError: not an archive, a member that lies about its size, or too large to hold while
             streaming is asked for.
     """
+    with path.open("rb") as file:
+        # zipfile also takes an archive with something else before it, which numpy does not.
+        if file.read(2) != b"PK":
+            raise DataError(f"{path}: not a readable .npz archive (it does not begin as one)")
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}

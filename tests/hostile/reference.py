@@ -1,0 +1,151 @@
+"""Slow, plain readers of every format, from the formats' own libraries: what a file says, record by record.
+
+A record is (input, target): numbers as numpy arrays, text as text. None stands for one that no strict
+reader would take.
+"""
+
+import io
+import json
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import safetensors.numpy
+import torch
+
+BLOCK = 16  # tokens of a block; each holds one more
+Records = list[tuple[Any, Any] | None]
+INPUTS, TARGETS = (
+    ("input", "inputs", "text", "x", "X", "input_ids"),
+    ("target", "targets", "label", "labels", "y", "Y"),
+)
+
+
+def once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key twice")
+    return dict(pairs)
+
+
+def no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def strict(text: bytes) -> Any:
+    return json.loads(text.decode("utf-8"), object_pairs_hook=once_each, parse_constant=no_constant)
+
+
+def as_record(value: Any) -> tuple[Any, Any] | None:
+    if not isinstance(value, Mapping):
+        return None
+    found = [[value[name] for name in names if name in value] for names in (INPUTS, TARGETS)]
+    return (found[0][0], found[1][0] if found[1] else None) if len(found[0]) == 1 else None
+
+
+def read_json(path: Path) -> Records:
+    value = strict(path.read_bytes())
+    if isinstance(value, Mapping):
+        if "samples" not in value:
+            return columns(value)
+        value = value["samples"]
+    return [as_record(record) for record in value]
+
+
+def read_json_lines(path: Path) -> Records:
+    records: Records = []
+    for line in path.read_bytes().split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            records.append(as_record(strict(line)))
+        except (ValueError, RecursionError):
+            records.append(None)
+    return records
+
+
+def columns(arrays: Mapping[str, Any]) -> Records:
+    inputs = next(arrays[name] for name in INPUTS if name in arrays)
+    targets = next((arrays[name] for name in TARGETS if name in arrays), None)
+    return [(x, None if targets is None else targets[i]) for i, x in enumerate(inputs)]
+
+
+def read_npy(path: Path) -> Records:
+    array = np.load(path, allow_pickle=False)
+    if array.dtype.names:
+        return columns({name: array[name] for name in array.dtype.names})
+    beside = path.with_name(path.stem + "_targets.npy")
+    return columns({"inputs": array, "targets": np.load(beside, allow_pickle=False)})
+
+
+def read_npz(path: Path) -> Records:
+    with np.load(path, allow_pickle=False) as archive:
+        return columns({name: archive[name] for name in archive.files})
+
+
+def read_safetensors(path: Path) -> Records:
+    return columns(safetensors.numpy.load_file(path))
+
+
+def read_hdf5(path: Path) -> Records:
+    with h5py.File(path, "r") as file:
+        group = file.get("dataset", file)
+        return columns({name: group[name][:] for name in group if name in (*INPUTS, *TARGETS)})
+
+
+class Plain(pickle.Unpickler):
+    """The standard unpickler, limited to numpy's own functions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in {
+            ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.numeric", "_frombuffer"),
+            ("numpy", "ndarray"), ("numpy", "dtype"), ("numpy._core.multiarray", "scalar"),
+            ("_codecs", "encode"),
+        }:  # fmt: skip
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def of_object(value: Any) -> Records:
+    if isinstance(value, Mapping) and "samples" not in value:
+        return columns(value)
+    return [as_record(record) for record in (value["samples"] if isinstance(value, Mapping) else value)]
+
+
+def read_pickle(path: Path) -> Records:
+    return of_object(Plain(io.BytesIO(path.read_bytes())).load())
+
+
+def read_torch(path: Path) -> Records:
+    return of_object(torch.load(path, weights_only=True))
+
+
+def blocks(stream: np.ndarray) -> Records:
+    count = (len(stream) - 1) // BLOCK
+    rows = [stream[i * BLOCK : i * BLOCK + BLOCK + 1].astype(np.int64) for i in range(count)]
+    return [(row[:-1], row[1:]) for row in rows]
+
+
+def read_tokens(path: Path) -> Records:
+    sidecar = json.loads(path.with_name(path.name + ".json").read_bytes())
+    return blocks(np.fromfile(path, np.dtype(sidecar["dtype"]).newbyteorder("<")))
+
+
+def read_text(path: Path) -> Records:
+    return blocks(np.frombuffer(path.read_bytes(), np.uint8))
+
+
+READERS: dict[str, Callable[[Path], Records]] = {
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".npy": read_npy,
+    ".npz": read_npz,
+    ".safetensors": read_safetensors,
+    ".h5": read_hdf5,
+    ".pkl": read_pickle,
+    ".pt": read_torch,
+    ".bin": read_tokens,
+    ".txt": read_text,
+}
