@@ -248,8 +248,9 @@ def inspect_data(
         DataError: the files cannot be opened at all.
 
     Example:
-        >>> import json, pathlib
-        >>> path = pathlib.Path("a.jsonl")
+        >>> import pathlib, tempfile
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = pathlib.Path(folder.name) / "a.jsonl"
         >>> _ = path.write_text('{"input": [1, 2], "target": 0}\n{"input": [3], "target": 1}')
         >>> found = inspect_data([path])
         >>> found["records"], found["reasons"]["shape"]["records"], found["targets"]["target"]["classes"]
