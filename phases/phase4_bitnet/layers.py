@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from phase4_bitnet.int8_linear import int8_linear, int8_linear_backward, int8_pays, quantize_input
 from phase4_bitnet.rms_norm import RMSNorm, native_rms_norm, rms_norm
+from phase4_bitnet.sharding import GatheredCodes, int8_codes
 from phase4_bitnet.ternary import SCALE_FLOOR, QuantizationMode, quantize_weight, requantize_
 
 Backward = Literal["auto", "float32", "bf16", "int8"]
@@ -31,7 +32,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, latent: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
-        return codes.to(latent.dtype) * scale.to(latent.dtype)
+        return int8_codes(codes, latent.shape).to(latent.dtype) * scale.to(latent.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -70,13 +71,14 @@ class _Int8Linear(torch.autograd.Function):
         ctx.norm = norm
         ctx.x_dtype, ctx.latent_dtype = x.dtype, latent.dtype
         ctx.how = "int8" if backward == "auto" and int8_pays(x) else backward
-        return int8_linear(rows, row_scale, codes, scale, out_dtype)
+        return int8_linear(rows, row_scale, int8_codes(codes, latent.shape), scale, out_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         rows, row_scale, codes, scale, *of_norm = ctx.saved_tensors
+        codes = int8_codes(codes, (grad.shape[1], rows.shape[1]))
         grad_x = grad_latent = grad_gain = None
         want_input, want_weight = ctx.needs_input_grad[0] or ctx.needs_input_grad[7], ctx.needs_input_grad[1]
         if ctx.how == "int8":
@@ -111,6 +113,7 @@ class TernaryWeight(nn.Module):
     scale: Tensor
     codes_are_current: bool
     codes_owner: object = None  # the latest of the optimizers that have kept them
+    sharded: bool = False  # this process has some rows of the latent; codes are not part of a state then
 
     def init_codes(self, weight_bits: float, quantization_mode: str) -> None:
         """Register the buffers; called once, after the torch layer has made its weight."""
@@ -135,7 +138,12 @@ class TernaryWeight(nn.Module):
         requantize_([self.weight], [self.codes], [self.scale], self.weight_bits, self.quantization_mode)
 
     def current_codes(self) -> tuple[Tensor, Tensor]:
-        """The codes (int8, the weight's shape) and scale (float32, shape ()) for this forward."""
+        """The codes (int8, the weight's shape) and scale (float32, shape ()) for this forward.
+
+        Of a weight that was gathered from its parts the codes are packed, as they came.
+        """
+        if isinstance(self.weight, GatheredCodes):
+            return self.weight.packed, self.weight.scale
         if self.codes_are_current:
             return self.codes, self.scale
         # A stochastic draw belongs to training; without an owner that keeps the codes, evaluation
@@ -149,7 +157,7 @@ class TernaryWeight(nn.Module):
         return _StraightThrough.apply(self.weight, codes, scale)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if not self.codes_are_current and not self.weight.is_meta:
+        if not (self.codes_are_current or self.sharded or self.weight.is_meta):
             self._store(*quantize_weight(self.weight, self.weight_bits))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -162,7 +170,7 @@ class TernaryWeight(nn.Module):
             for name in ("codes", "scale"):
                 if prefix + name in missing_keys:
                     missing_keys.remove(prefix + name)
-            if not self.weight.is_meta:
+            if not (self.weight.is_meta or self.sharded):
                 self._store(*quantize_weight(self.weight, self.weight_bits))
 
     def _store(self, codes: Tensor, scale: Tensor) -> None:

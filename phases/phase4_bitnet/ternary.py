@@ -125,6 +125,7 @@ def requantize_(
     scales: Sequence[Tensor],
     weight_bits: float = 1.58,
     mode: QuantizationMode = "deterministic",
+    means: Tensor | None = None,
 ) -> None:
     """Refresh the codes and scales of many layers in place, in one multi-tensor pass.
 
@@ -134,15 +135,22 @@ def requantize_(
         scales: float32 tensors of shape (), overwritten. The native kernel takes the present value for
             a guess of the new one, which spares it a second pass; it decides nothing.
         weight_bits, mode: as for :func:`quantize_weight`, the same for all.
+        means: (n,) float32, the mean magnitudes of the tensors that these are parts of; None where they are
+            whole.
     """
     if not weights:
         return
     latents = [w.detach().float() for w in weights]
-    if mode == "deterministic" and all(map(_native_takes, latents)) and all(c.is_contiguous() for c in codes):
+    if (
+        means is None
+        and mode == "deterministic"
+        and all(map(_native_takes, latents))
+        and all(c.is_contiguous() for c in codes)
+    ):
         torch.ops.forge.requantize_(latents, list(codes), list(scales), 1 if weight_bits == 1 else 2)
         torch.autograd.graph.increment_version([*codes, *scales])
         return
-    mean_abs = torch.stack([_mean_magnitude(w) for w in latents])
+    mean_abs = torch.stack([_mean_magnitude(w) for w in latents]) if means is None else means
     ratios = torch._foreach_div(latents, list(mean_abs.clamp(min=SCALE_FLOOR).unbind()))
     if weight_bits == 1.58 and mode == "deterministic":
         torch._foreach_clamp_min_(ratios, -1.0)

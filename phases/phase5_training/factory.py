@@ -46,7 +46,7 @@ from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
 from phase5_training.parallel import checkpoints_of, on_ranks, seen_by_all, spread
-from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
+from phase5_training.pipeline.bitnet_optimizer import build_optimizer
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
 from phase5_training.pipeline.scheduler import GrokfastScheduler
@@ -147,22 +147,16 @@ class TrainingPipeline:
         grokfast = grokfast_config(config)
         compiled, why = self._compiles(first, total_steps)
         run_model = hardware.compile_model(self.model, config.memory_budget) if compiled else self.model
-        if not ranks.alone:
-            run_model, notice = spread(self.model, run_model, self.loss, first, config, ranks, self.device)
-            self.notices.append(notice)
-        inner = self._given_optimizer
+        self._spread = spread(self.model, run_model, self.loss, first, config, ranks, self.device)
+        self.notices += self._spread.notices
+        inner, extra = self._given_optimizer, list(self.loss.parameters())
         if isinstance(inner, str):
-            inner = build_optimizer(
-                inner,
-                self.model,
-                learning_rate=learning_rate,
-                weight_decay=weight_decay,
-                extra=list(self.loss.parameters()),
-            )
+            rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+            inner = build_optimizer(inner, self.model, **rates, extra=extra)
         else:
             check_optimizer(inner, self.model, self.loss)
         gradient_filter = GradientFilter(grokfast, plan) if grokfast else None
-        self.optimizer = BitNetOptimizer(
+        self.optimizer = self._spread.optimizer(
             inner,
             self.model,
             gradient_filter=gradient_filter,
@@ -183,7 +177,7 @@ class TrainingPipeline:
             experiment_name=self.run_directory.path.name,
         )
         self.loop = TrainingLoop(
-            run_model,
+            self._spread.called,
             self.optimizer,
             loop_config(config, use_amp, amp_dtype),
             scheduler=GrokfastScheduler(self.optimizer, plan),
@@ -377,31 +371,36 @@ class TrainingPipeline:
     def _run(self) -> TrainingResult:
         try:
             state = self.loop.train(self.train_loader, self.loss, self.val_loader)
+            if state.stop_reason != "interrupted":
+                self._finish(state)
+            model = self._spread.finished(self.model).eval()
             if state.stop_reason == "interrupted":
-                return self._write_result(state, success=False)
-            self._finish(state)
+                return self._write_result(state, model, success=False)
+            self._store(model)
         except Exception as error:
             self._record_failure(error)
             if isinstance(error, DataError):  # the data changed since they were checked
                 raise RunFailed(str(error)) from error
             raise
-        self._result = self._write_result(state, success=True)
+        self._result = self._write_result(state, model, success=True)
         return self._result
 
     def _record_failure(self, error: Exception) -> None:
         self.loop.state.stop_reason = "failed"
         said = str(error) if isinstance(error, ForgeError) else f"{type(error).__name__}: {error}"
         try:
-            self._write_result(self.loop.state, success=False, error=said)
+            self._write_result(self.loop.state, self._spread.whole or self.model, success=False, error=said)
         except OSError as second:
             error.add_note(f"result.json could not be written either: {second}")
 
-    def _write_result(self, state: LoopState, *, success: bool, error: str | None = None) -> TrainingResult:
+    def _write_result(
+        self, state: LoopState, model: nn.Module, *, success: bool, error: str | None = None
+    ) -> TrainingResult:
         run = self.run_directory
         assert run is not None
         result = TrainingResult(
             success,
-            self.model.eval(),
+            model,
             metrics=result_metrics(state),
             run_dir=run.path,
             stop_reason=state.stop_reason,
@@ -410,17 +409,16 @@ class TrainingPipeline:
         if result.notice:
             self.notices.append(result.notice)
             run.append_event({"event": "notice", "text": result.notice})
-        loaders = {"train": self.train_loader, "validation": self.val_loader}
-        data = {name: loader.description() for name, loader in loaders.items() if loader is not None}
-        record = result_record(result, data=data, notices=self.notices, loss=self.loss)
-        run.write_result({**record, "error": error} if error else record)
         if self.ranks.first:
+            loaders = {"train": self.train_loader, "validation": self.val_loader}
+            data = {name: loader.description() for name, loader in loaders.items() if loader is not None}
+            record = result_record(result, data=data, notices=self.notices, loss=self.loss)
+            run.write_result({**record, "error": error} if error else record)
             ReportRefresher(run).refresh(state.step)
         return result
 
     def _finish(self, state: LoopState) -> None:
-        """Return the best weights, measure them, and store the model."""
-        self.optimizer.release()
+        """Return to the best weights and measure them."""
         # Stochastic layers were validated with drawn codes and are handed on with the nearest ones.
         measure = any(m.quantization_mode == "stochastic" for _, m in ternary_layers(self.model))
         if self.config.early_stopping and self.loop.best_weights is not None:
@@ -428,13 +426,16 @@ class TrainingPipeline:
             if self.loop.best_loss_state:
                 self.loss.load_state_dict(self.loop.best_loss_state)
             measure |= state.validated_step != self.loop.early_stopping.best_step  # type: ignore[union-attr]
+        self._spread.settle(self.optimizer)
         if measure and self.loop.validator is not None and self.val_loader is not None:
             state.validation = self.loop.validator.run_validation(self.val_loader, self.loss)
         check_trained(state)
+
+    def _store(self, model: nn.Module) -> None:
         assert self.run_directory is not None
         run = self.run_directory
         try:
-            self.ranks.by_first(lambda: save_compressed_model(self.model, run.best, overwrite=True) and None)
+            self.ranks.by_first(lambda: save_compressed_model(model, run.best, overwrite=True) and None)
         except OSError as error:
             raise RunFailed(
                 f"the model cannot be written to {run.best} ({error.strerror or error}), but the last "

@@ -1,7 +1,10 @@
 """How a model is spread over the ranks of a run: copies with averaged gradients (DDP), or parts (FSDP2)."""
 
+import copy
 import inspect
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from phase4_bitnet.layers import ternary_layers
 from phase5_training.background import BackgroundTask
 from phase5_training.batches import rows_of, to_device
 from phase5_training.checkpoint import CheckpointStore, load_checkpoint
@@ -18,9 +22,14 @@ from phase5_training.distributed import Ranks, may_restart, restarts
 from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss
 from phase5_training.modes import eval_mode
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.recorder import SilentRun
 from phase5_training.records import RunDirectory
+from phase5_training.sharded import ShardedOptimizer, Traffic, codes_travel, shard, whole_leaves, whole_state
+
+# Of training with AdamW and a float32 slow average: latent, gradient, two moments, average, code.
+BYTES_A_WEIGHT = 4 + 4 + 8 + 4 + 1
 
 # Codes are derived on each rank from latents that are the same, and the loop levels the other buffers. The
 # option has another name from torch 2.13 on.
@@ -61,6 +70,42 @@ def on_ranks(config: TrainingConfig, ranks: Ranks) -> TrainingConfig:
     return config
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A model among the ranks of a run.
+
+    Args:
+        called: what to call in training.
+        optimizer: the class that trains it.
+        notices: sentences about it.
+        whole: on the first rank, a copy to be filled with the whole weights, where ``model`` has parts.
+        traffic: counts bytes, where ``model`` has parts.
+    """
+
+    called: Callable[..., Any]
+    optimizer: type[BitNetOptimizer] = BitNetOptimizer
+    notices: tuple[str, ...] = ()
+    whole: nn.Module | None = None
+    traffic: Traffic | None = None
+
+    def settle(self, optimizer: BitNetOptimizer) -> None:
+        """After the last step: layers derive their codes by themselves, or all ranks do once more."""
+        if self.traffic is None:
+            optimizer.release()
+        else:
+            optimizer.requantize()
+
+    def finished(self, model: nn.Module) -> nn.Module:
+        """The model to hand on: ``model``, or on the first rank the whole of its parts; all ranks call."""
+        if self.traffic is None:
+            return model
+        state = whole_state(model)
+        if self.whole is None:
+            return model
+        self.whole.load_state_dict(state)
+        return self.whole
+
+
 def spread(
     model: nn.Module,
     called: Callable[..., Any],
@@ -69,8 +114,8 @@ def spread(
     config: TrainingConfig,
     ranks: Ranks,
     device: torch.device,
-) -> tuple[Callable[..., Any], str]:
-    """Spread a model over several ranks, starting from the weights of the first.
+) -> Spread:
+    """Spread a model over the ranks, starting from the weights of the first.
 
     Args:
         model: on its device, not yet in an optimizer.
@@ -78,30 +123,60 @@ def spread(
         loss: its parameters, if any, are the same on all ranks afterwards.
         batch: one of this rank's.
         config: ``parallel`` and ``gradient_compression``.
-        ranks: those to spread over.
+        ranks: those to spread over; one that is alone keeps the model as it is.
         device: where the model is.
-
-    Returns:
-        What to call in training, and a sentence about it.
     """
+    if ranks.alone:
+        return Spread(called=called)
     ranks.level_([p.detach() for p in loss.parameters()])
+    parts = ranks.chosen(in_parts(config.parallel, model, device, ranks))
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    width, word = (2, "bfloat16") if config.gradient_compression == "bf16" else (4, "float32")
+    sent = f"{size * width / 1e6:.3g} MB of {word} gradients a step are added up"
+    if parts:
+        whole = copy.deepcopy(model).cpu() if ranks.first else None
+        traffic = shard(model, config, ranks, device)
+        coded = sum(codes_travel(layer) for _, layer in ternary_layers(model))
+        notice = (
+            f"{ranks.world_size} ranks, each with a part of every weight (fsdp); {coded} layers travel as "
+        )
+        notice += f"2-bit codes; {sent}"
+        return Spread(
+            called=model, optimizer=ShardedOptimizer, notices=(notice,), whole=whole, traffic=traffic
+        )
     unused = ranks.any(bool(unused_parameters(model, loss, batch, device)))
-    spread_model = DistributedDataParallel(
+    copies = DistributedDataParallel(
         called,
         device_ids=[device.index] if device.type == "cuda" else None,
-        **_LEAVE_BUFFERS,
         gradient_as_bucket_view=True,
         find_unused_parameters=unused,
+        **_LEAVE_BUFFERS,
     )
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = 4
-    if config.gradient_compression == "bf16":
-        spread_model.register_comm_hook(None, _in_bfloat16)
-        width = 2
-    return spread_model, (
-        f"{ranks.world_size} ranks, each with the whole model (ddp); {size * width / 1e6:.3g} MB of "
-        f"{'bfloat16' if width == 2 else 'float32'} gradients a step are added up"
-    )
+    if width == 2:
+        copies.register_comm_hook(None, _in_bfloat16)
+    notice = f"{ranks.world_size} ranks, each with the whole model (ddp); {sent}"
+    return Spread(called=copies, notices=(notice,))
+
+
+def in_parts(wanted: str, model: nn.Module, device: torch.device, ranks: Ranks) -> bool:
+    """Whether each rank gets a part of the model, and not a copy.
+
+    Args:
+        wanted: "ddp", "fsdp", or "auto": parts where the state of training takes more than half of the memory
+            that a rank has.
+        model: with ``requires_grad`` set.
+        device: its memory counts; on a CPU the machine's, shared by its ranks.
+        ranks: those of a machine are told by LOCAL_WORLD_SIZE.
+    """
+    if wanted != "auto":
+        return wanted == "fsdp"
+    size = sum(p.numel() for p in model.parameters())
+    if device.type == "cuda":
+        memory = float(torch.cuda.get_device_properties(device).total_memory)
+    else:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
+    return size * BYTES_A_WEIGHT > memory / 2
 
 
 def _in_bfloat16(
@@ -176,6 +251,7 @@ class SharedCheckpoints:
 
     def begin(self, state: Mapping[str, Any], step: int, suspect: int | None = None) -> BackgroundTask[Path]:
         """See CheckpointStore; on other ranks than the first there is nothing to wait for."""
+        state = whole_leaves(state)
         if self.ranks.first:
             return self.store.begin(state, step, suspect)
         return BackgroundTask(lambda: self.store.path(step))

@@ -8,10 +8,13 @@ import os
 import shutil
 
 import pytest
+import torch
+from torch import nn
 
 from phase5_training.distributed import ProcessGroup, Ranks, join, launched
 from phase5_training.errors import ForgeError, UsageError
-from phase5_training.parallel import on_ranks
+from phase5_training.parallel import in_parts, on_ranks
+from phase5_training.sharded import shard
 from ranks import jobs
 from ranks.launch import run_jobs, torchrun
 
@@ -38,6 +41,12 @@ def four(ranks_folder):
     return run_jobs(ranks_folder, 4, "ddp", "equal", "half")
 
 
+@pytest.fixture(scope="session")
+def parts(ranks_folder):
+    """Return what two ranks found that have parts of the model."""
+    return run_jobs(ranks_folder, 2, "fsdp", "equal", "muon", "stopped", "half")
+
+
 def one(name, folder):
     """What one process finds."""
     return getattr(jobs, name)(folder / name, "ddp")
@@ -59,6 +68,25 @@ def test_1_2_and_4_ranks_with_the_same_batches_give_the_same_run(two, four, tmp_
         assert_same_run(ranks[0]["equal"], alone)
         assert [r["equal"]["losses"] for r in ranks] == [ranks[0]["equal"]["losses"]] * len(ranks)
         assert ranks[0]["equal"]["samples"] == alone["samples"]
+
+
+@pytest.mark.parametrize("name", ["equal", "muon"])
+def test_two_ranks_with_parts_of_the_model_give_the_same_run(parts, tmp_path, name):
+    assert_same_run(parts[0][name], one(name, tmp_path))
+
+
+def test_parts_travel_as_codes(parts):
+    """In float32 the two hidden latents alone would take 2816 bytes of a rank in each forward."""
+    assert parts[0]["equal"]["gathered"] / 50 < 2816 / 3
+
+
+def test_parts_stop_and_go_on_with_the_same_bits_and_as_one_whole(parts, ranks_folder, tmp_path):
+    first, rest = parts[0]["stopped"]["first"], parts[0]["stopped"]["rest"]
+    assert first["losses"] + rest["losses"] == parts[0]["equal"]["losses"]
+    shutil.copytree(ranks_folder / "fsdp-2" / "half", tmp_path / "half")
+    alone = jobs.rest(tmp_path / "rest", "ddp")
+    losses = parts[0]["half"]["losses"] + alone["losses"]
+    assert losses == pytest.approx(parts[0]["equal"]["losses"], rel=SAME)
 
 
 def test_the_same_ranks_give_the_same_bits_again(two):
@@ -176,12 +204,36 @@ def group(**own):
 
 @pytest.mark.parametrize(
     ("options", "remedy"),
+    [
+        ({"quantization_mode": "stochastic"}, "parallel='ddp'"),
+        ({"filter": "ma"}, "filter='ema'"),
+        ({"compile": True}, "compile=False"),
+    ],
+)
+def test_what_parts_cannot_do_is_refused_with_a_remedy(options, remedy):
+    config = jobs.pipeline(jobs.Path("x"), "fsdp").config.model_copy(update=options)
+    with pytest.raises(UsageError, match=remedy):
+        shard(nn.Linear(2, 2), config, Ranks(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
     [({"learning_rate": "auto"}, "forge tune"), ({"device": "cuda:1"}, "device='cuda'")],
 )
 def test_what_several_processes_cannot_do_is_refused_with_a_remedy(options, remedy):
     config = jobs.pipeline(jobs.Path("x"), "ddp").config.model_copy(update=options)
     with pytest.raises(UsageError, match=remedy):
         on_ranks(config, group())
+
+
+def test_auto_gives_parts_where_the_state_of_training_takes_half_of_the_memory(monkeypatch):
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 2 * 42 * 100}.get)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    sizes = {
+        n: in_parts("auto", nn.Linear(n, 1, bias=False), torch.device("cpu"), group()) for n in (99, 101)
+    }
+    assert sizes == {99: False, 101: True}
+    assert in_parts("fsdp", nn.Linear(1, 1), torch.device("cpu"), group())
 
 
 def test_a_run_that_may_be_restarted_needs_a_name(monkeypatch):

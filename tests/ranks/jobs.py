@@ -78,7 +78,9 @@ def figures(made) -> dict:
     made.register_callback("eval_end", validated)
     result = made.run()
     weights = {k: v.double() for k, v in result.model.state_dict().items()} if RANK == 0 else {}
+    traffic = made._spread.traffic
     return {
+        "gathered": traffic.gathered if traffic else 0,
         "losses": losses,
         "norms": norms,
         "validation": validation,

@@ -92,6 +92,15 @@ class BitNetOptimizer(Optimizer):
         False
     """
 
+    # A process that has parts of the layers overrides these three, as phase5_training.sharded does.
+    _whole_layers = True
+
+    def _total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        return _total_norm(tensors)
+
+    def _requantize(self, layers: Sequence[TernaryWeight]) -> None:
+        requantize_layers(layers)
+
     def __init__(
         self,
         optimizer: Optimizer | Sequence[Optimizer],
@@ -143,7 +152,7 @@ class BitNetOptimizer(Optimizer):
 
     def requantize(self) -> None:
         """Derive the codes of all layers from their latents, after the latents were changed by hand."""
-        requantize_layers(self._layers)
+        self._requantize(self._layers)
 
     def quantize_weights(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scale of a latent as this model's layers quantize it; changes nothing.
@@ -204,7 +213,7 @@ class BitNetOptimizer(Optimizer):
             if p.grad is not None and p.grad.layout == torch.strided and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
-        norm = _total_norm(grads)
+        norm = self._total_norm(grads)
         nonfinite = ~norm.isfinite()
         if loss is not None:
             nonfinite = nonfinite | ~loss.detach().isfinite().to(norm.device)
@@ -233,15 +242,16 @@ class BitNetOptimizer(Optimizer):
         if self.gradient_filter is None or linear is not None:
             general = []
             for optimizer in self.optimizers:
-                left = fused_step(optimizer, layers, linear, float(factor), self.steps)
+                known = layers if self._whole_layers else []
+                left = fused_step(optimizer, known, linear, float(factor), self.steps)
                 if left is None:
                     general.append(optimizer)
-                else:
+                elif self._whole_layers:
                     layers = left
         if general:
             own = {id(p) for o in general for g in o.param_groups for p in g["params"]}
             self._general_update([p for p in params if id(p) in own], factor, general)
-        requantize_layers(layers)
+        self._requantize(layers)
         return self._slow_ratio(params, norm * factor), self._flip_share(before)
 
     def _clip_factor(self, norm: Tensor) -> Tensor:
@@ -276,7 +286,7 @@ class BitNetOptimizer(Optimizer):
             return None
         state = self.state
         slow = [state[p][SLOW] for p in params if SLOW in state.get(p, {})]
-        return _total_norm(slow) / clipped_norm if slow else None
+        return self._total_norm(slow) / clipped_norm if slow else None
 
     def _flip_share(self, before: Sequence[Tensor]) -> Tensor | None:
         """Share of codes that differ from those ``before`` of the trained layers; None without any."""
@@ -309,7 +319,7 @@ class BitNetOptimizer(Optimizer):
         factor, layers = self._clip_factor(norm), self._trained_layers()
         codes = [layer.codes.clone() for layer in layers] if self.measure else []
         self._general_update(params, factor, self.optimizers)
-        requantize_layers(layers)
+        self._requantize(layers)
         ratio, flips = self._slow_ratio(params, norm * factor), self._flip_share(codes)
         for now, old in zip(changed, before, strict=True):
             now.copy_(torch.where(nonfinite, old, now))

@@ -1,0 +1,369 @@
+"""A model in parts (FSDP2): each rank keeps some rows of every weight, of its gradient and its averages.
+
+The optimizers see the rows of this rank as plain tensors that share memory with FSDP's parameters, so that
+torch's optimizers, the gradient filter and the one-pass kernel work as they do on whole weights. What needs
+the whole is added up over the ranks: the norm that gradients are clipped to, and the mean magnitude that
+the scale of a ternary layer is, one all-reduce a step for all layers together.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from phase4_bitnet.layers import TernaryWeight, ternary_layers
+from phase4_bitnet.sharding import ShardedLatent, magnitudes, pack_rows
+from phase4_bitnet.ternary import requantize_
+from phase5_training.config import TrainingConfig
+from phase5_training.distributed import Ranks
+from phase5_training.errors import UsageError
+from phase5_training.muon import Muon, orthogonalize, rate_factor
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
+
+_CODES = (".codes", ".scale")
+
+
+class Traffic:
+    """Bytes that this rank hands to the collectives of FSDP; counted by being called in their place."""
+
+    def __init__(self) -> None:
+        self.gathered = self.scattered = 0
+
+
+class _Gather(AllGather):
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
+    ) -> Any:
+        self._traffic.gathered += input_tensor.nbytes
+        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+
+
+class _Scatter(ReduceScatter):
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+    ) -> Any:
+        self._traffic.scattered += input_tensor.nbytes
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+
+
+def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device) -> Traffic:
+    """Leave this rank its rows of every weight, in place; what is called stays ``model`` itself.
+
+    Blocks, the elements of a ModuleList that have parts, are gathered one at a time; the rest at once.
+
+    Args:
+        model: the same on all ranks.
+        config: ``gradient_compression``, and what cannot be done in parts.
+        ranks: how many parts.
+        device: where the model is.
+
+    Raises:
+        UsageError: an option that needs whole weights.
+    """
+    _refuse(config)
+    mesh = init_device_mesh(device.type, (ranks.world_size,))
+    ranks.level_([p.detach() for p in model.parameters()])
+    _mark_latents(model, ranks.world_size)
+    reduce = torch.bfloat16 if config.gradient_compression == "bf16" else None
+    policy = MixedPrecisionPolicy(reduce_dtype=reduce)
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    traffic = Traffic()
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(_Gather(traffic))
+            module.set_custom_reduce_scatter(_Scatter(traffic))
+            if device.type == "cpu":  # gloo has no average
+                module.set_force_sum_reduction_for_comms(True)
+    for _, layer in ternary_layers(model):
+        _keep_own_codes(layer)
+    model.register_load_state_dict_pre_hook(_parts_of_whole)
+    return traffic
+
+
+def _refuse(config: TrainingConfig) -> None:
+    if config.quantization_mode == "stochastic":
+        raise UsageError(
+            "quantization_mode='stochastic' draws codes that parts of a model do not store; use "
+            "parallel='ddp', or quantization_mode='deterministic'"
+        )
+    if config.filter == "ma":
+        raise UsageError("filter='ma' keeps a window of whole gradients; use parallel='ddp', or filter='ema'")
+    if config.compile is True:
+        raise UsageError("compile=True does not go with parallel='fsdp' yet; use compile=False or 'auto'")
+
+
+def _mark_latents(model: nn.Module, parts: int) -> None:
+    """Let FSDP gather the codes of ternary weights whose rows divide evenly; other weights travel whole."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), []).append((module, name))
+    for places in owners.values():
+        module, name = places[0]
+        old = module._parameters[name]
+        assert old is not None
+        coded = len(places) == 1 and isinstance(module, TernaryWeight) and name == "weight"
+        if coded and old.shape[0] % parts == 0:
+            marked = nn.Parameter(ShardedLatent(old.detach()), requires_grad=old.requires_grad)
+            module._parameters[name] = marked
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The outermost elements of module lists that are more than a layer."""
+    found: list[nn.Module] = []
+    for module in model.children():
+        if isinstance(module, nn.ModuleList):
+            found += [m for m in module if next(m.children(), None) is not None]
+        else:
+            found += _blocks(module)
+    return found
+
+
+def _keep_own_codes(layer: TernaryWeight) -> None:
+    layer.sharded = True
+    latent = local_part(layer.weight)
+    if not codes_travel(layer):
+        return  # gathered in float, and its codes derived where it is used
+    for name, value in (("codes", torch.empty_like(latent, dtype=torch.int8)), ("scale", layer.scale)):
+        delattr(layer, name)
+        layer.register_buffer(name, value, persistent=False)
+    layer.register_buffer("packed_codes", pack_rows(layer.codes.zero_()), persistent=False)
+
+
+def codes_travel(layer: TernaryWeight) -> bool:
+    """Whether FSDP gathers the codes of a sharded layer, and not its latent."""
+    return isinstance(layer.weight, DTensor) and isinstance(layer.weight._local_tensor, ShardedLatent)
+
+
+def local_part(value: Tensor) -> Tensor:
+    """This rank's rows, a plain tensor that shares their memory."""
+    own = value._local_tensor if isinstance(value, DTensor) else value
+    return (own.rows if isinstance(own, ShardedLatent) else own).detach()
+
+
+def rows_of_rank(whole: Tensor, like: DTensor) -> DTensor:
+    """The part of a whole tensor that this rank has of ``like``, without asking the others."""
+    mesh = like.device_mesh
+    chunks = torch.chunk(whole, mesh.size(), dim=0)
+    rank = mesh.get_local_rank()
+    own = chunks[rank] if rank < len(chunks) else whole[:0]
+    return as_part(own.to(like.device), like)
+
+
+def as_part(own: Tensor, like: DTensor) -> DTensor:
+    """This rank's rows as a part of a tensor of the shape of ``like``."""
+    return DTensor.from_local(
+        own.contiguous(),
+        like.device_mesh,
+        [Shard(0)],
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def _parts_of_whole(module: nn.Module, state: dict[str, Any], *rest: Any) -> None:
+    """Before loading: rows of this rank out of whole weights; codes follow from them."""
+    own = dict(module.named_parameters())
+    for name in list(state):
+        if name.endswith(_CODES) and name.rpartition(".")[0] + ".weight" in own:
+            del state[name]
+        elif isinstance(own.get(name), DTensor) and not isinstance(state[name], DTensor):
+            state[name] = rows_of_rank(state[name], own[name])  # type: ignore[arg-type]
+
+
+class ShardedMuon(Muon):
+    """Muon on rows: the update is gathered, and orthogonalized as a whole on every rank.
+
+    Args:
+        params: this rank's rows. others: as for :class:`Muon`.
+    """
+
+    wholes: Mapping[Tensor, DTensor]
+
+    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(grad, 1 - group["momentum"])
+        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        like = self.wholes[p]
+        whole = as_part(update, like).full_tensor().float()
+        tall = whole.shape[0] > whole.shape[1]
+        wide = whole.t() if tall else whole
+        left, right = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        direction = left @ right
+        rows = local_part(rows_of_rank(direction.t() if tall else direction, like))
+        rate = float(group["lr"])
+        p.mul_(1 - rate * group["weight_decay"])
+        p.add_(rows, alpha=-rate * rate_factor(group["adjust_lr_fn"], *like.shape))
+
+
+class ShardedOptimizer(BitNetOptimizer):
+    """:class:`BitNetOptimizer` over the rows of this rank.
+
+    Args:
+        optimizers: by name, over FSDP's parameters, not stepped yet; made anew over this rank's rows.
+        model: sharded.
+        options: of :class:`BitNetOptimizer`.
+    """
+
+    _whole_layers = False
+
+    def __init__(self, optimizers: Sequence[Optimizer], model: nn.Module, **options: Any) -> None:
+        self._parts: list[tuple[nn.Parameter, nn.Parameter]] = []
+        local: dict[Tensor, nn.Parameter] = {}
+        for p in model.parameters():
+            if isinstance(p, DTensor):
+                local[p] = nn.Parameter(local_part(p), requires_grad=p.requires_grad)
+                self._parts.append((p, local[p]))
+        super().__init__([_over_rows(o, local) for o in optimizers], model, **options)
+        for layer in self._layers:
+            if not codes_travel(layer):
+                layer.codes_are_current = False
+
+    def step(self, *arguments: Any, **options: Any) -> Any:
+        """See :meth:`BitNetOptimizer.step`."""
+        for p, own in self._parts:
+            own.grad = None if p.grad is None else local_part(p.grad)
+        return super().step(*arguments, **options)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, those of FSDP too."""
+        for p, own in self._parts:
+            p.grad = own.grad = None
+        super().zero_grad(set_to_none)
+
+    def _total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
+        own = super()._total_norm([t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)])
+        squared = own.double().square()
+        dist.all_reduce(squared)
+        return squared.sqrt().float()
+
+    def _requantize(self, layers: Sequence[TernaryWeight]) -> None:
+        mine = [layer for layer in layers if codes_travel(layer)]
+        if not mine:
+            return
+        latents = [local_part(layer.weight) for layer in mine]
+        sums = magnitudes(latents)
+        dist.all_reduce(sums)
+        counts = torch.tensor([layer.weight.numel() for layer in mine], dtype=sums.dtype, device=sums.device)
+        means = (sums / counts).float()
+        for bits in (1.58, 1):
+            of = [i for i, layer in enumerate(mine) if layer.weight_bits == bits]
+            codes, scales = [mine[i].codes for i in of], [mine[i].scale for i in of]
+            requantize_([latents[i] for i in of], codes, scales, bits, means=means[of])
+        for layer in mine:
+            packed: Any = layer.packed_codes
+            packed.copy_(pack_rows(layer.codes))
+
+    def _flip_share(self, before: Sequence[Tensor]) -> Tensor | None:
+        return _over_ranks(super()._flip_share(before))
+
+    def zero_share(self) -> Tensor | None:
+        """See :meth:`BitNetOptimizer.zero_share`; parts are of one size."""
+        return _over_ranks(super().zero_share())
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`BitNetOptimizer.state_dict`; rows as parts of whole tensors."""
+        state = super().state_dict()
+        whole = {id(own): p for p, own in self._parts}
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            for index, like, values in _indexed(optimizer, saved, whole):
+                saved["state"][index] = {
+                    name: as_part(v, like) if v.shape == like._local_tensor.shape else v
+                    for name, v in values.items()
+                }
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore :meth:`state_dict` of any number of ranks, and the codes from the latents."""
+        whole = {id(own): p for p, own in self._parts}
+        loaded = []
+        for optimizer, saved in zip(self.optimizers, state_dict["optimizers"], strict=False):
+            rows = {**saved, "state": dict(saved["state"])}
+            for index, like, values in _indexed(optimizer, saved, whole):
+                rows["state"][index] = {
+                    name: local_part(v if isinstance(v, DTensor) else rows_of_rank(v, like))
+                    if isinstance(v, DTensor) or v.shape == like.shape
+                    else v
+                    for name, v in values.items()
+                }
+            loaded.append(rows)
+        super().load_state_dict({**state_dict, "optimizers": loaded})
+        self._requantize(self._layers)
+
+
+def _over_rows(optimizer: Optimizer, local: Mapping[Any, nn.Parameter]) -> Optimizer:
+    """The same optimizer over this rank's rows."""
+    if isinstance(optimizer, torch.optim.Muon):
+        held = [p for g in optimizer.param_groups for p in g["params"]]
+        made = ShardedMuon([local[p] for p in held], **optimizer.defaults)
+        made.wholes = {local[p]: p for p in held if isinstance(p, DTensor)}
+        return made
+    for group in optimizer.param_groups:
+        group["params"] = [local.get(p, p) for p in group["params"]]
+    return optimizer
+
+
+def _indexed(
+    optimizer: Optimizer, saved: Mapping[str, Any], whole: Mapping[int, nn.Parameter]
+) -> list[tuple[int, DTensor, dict[str, Tensor]]]:
+    """Index, whole parameter and state of each parameter of which this rank has rows."""
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    indices = [i for g in saved["param_groups"] for i in g["params"]]
+    return [
+        (index, whole[id(p)], saved["state"][index])  # type: ignore[misc]
+        for index, p in zip(indices, params, strict=True)
+        if id(p) in whole and index in saved["state"]
+    ]
+
+
+def _over_ranks(share: Tensor | None) -> Tensor | None:
+    """A share over parts of one size, over all of them."""
+    if share is None:
+        return None
+    dist.all_reduce(share)
+    return share / dist.get_world_size()
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded model with whole weights, on the CPU; all ranks take part."""
+    return {
+        name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().cpu()
+        for name, v in model.state_dict().items()
+    }
+
+
+def whole_leaves(value: Any) -> Any:
+    """A state with whole tensors on the CPU in place of parts, the same on all ranks; all take part."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: whole_leaves(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole_leaves(each) for each in value)
+    return value
