@@ -5,6 +5,7 @@ A registry maps a name to (frozen configuration, module class). `model.config.to
 
     mlp      hidden linear layers with ReLU and RMSNorm, float head
     decoder  a causal transformer: next-token, classification or regression
+    llama    the same with Llama's blocks, which llama.cpp and transformers compute exactly
 
 Only the hidden linear layers are ternary; embeddings, norms and the head stay float, as in BitNet b1.58
 (Ma et al. 2024, arXiv:2402.17764). With `ternary=False` the same layers are `nn.Linear`: same names, same
@@ -19,14 +20,15 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from phase4_bitnet.attention import rope_table, rotary_attention
-from phase4_bitnet.layers import BitLinear, normed_linear, ternary_layers
+from phase4_bitnet.attention import rope_table
+from phase4_bitnet.decoder_blocks import Block, hidden_linear
+from phase4_bitnet.layers import ternary_layers
 from phase4_bitnet.rms_norm import RMSNorm
 
 
@@ -127,6 +129,8 @@ class DecoderConfig(TernaryConfig):
     """
 
     architecture: ClassVar[str] = "decoder"
+    # Llama's blocks in the place of BitNet's; see `decoder_blocks`.
+    gated: ClassVar[bool] = False
 
     vocab_size: int
     dim: int = 128
@@ -190,6 +194,19 @@ class DecoderConfig(TernaryConfig):
         return self.num_classes or self.num_outputs or self.vocab_size
 
 
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig(DecoderConfig):
+    """Options of the Llama decoder: those of `DecoderConfig`, with a narrower MLP, which has a gate.
+
+    For GGUF's ternary types `dim` and `dim * mlp_ratio` have to be multiples of 256.
+    """
+
+    architecture: ClassVar[str] = "llama"
+    gated: ClassVar[bool] = True
+
+    mlp_ratio: float = 3.0
+
+
 class MLP(nn.Module):
     """Linear, ReLU, RMSNorm for each hidden width, then a float head.
 
@@ -211,7 +228,7 @@ class MLP(nn.Module):
         self.config = config
         widths = [config.in_features, *config.hidden]
         self.hidden = nn.ModuleList(
-            _hidden_linear(config, a, b, bias=True) for a, b in itertools.pairwise(widths)
+            hidden_linear(config, a, b, bias=True) for a, b in itertools.pairwise(widths)
         )
         self.norms = nn.ModuleList(
             RMSNorm(width, eps=config.norm_eps) if config.norm else nn.Identity() for width in config.hidden
@@ -235,62 +252,6 @@ class MLP(nn.Module):
         for linear, norm in zip(self.hidden, self.norms, strict=True):
             x = norm(F.relu(linear(x)))
         return self.head(x)
-
-
-class Attention(nn.Module):
-    """Rotary causal self-attention with a fused projection and BitNet's extra norm before `o_proj`.
-
-    `qkv_proj.weight` is (3 * dim, dim): rows [0, dim) are q, [dim, 2 dim) k, [2 dim, 3 dim) v, each
-    grouped by head as Hugging Face's q_proj, k_proj and v_proj are. To split it, chunk the weight (or the
-    codes) in three along dim 0; the one scale belongs to each part.
-    """
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv_proj = _hidden_linear(config, config.dim, 3 * config.dim, bias=False)
-        self.attn_sub_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.o_proj = _hidden_linear(config, config.dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
-        """Attend within norm(`x`) (batch, length, dim)."""
-        batch, length, dim = x.shape
-        qkv = normed_linear(x, norm, self.qkv_proj).view(batch, length, 3, self.heads, dim // self.heads)
-        return normed_linear(rotary_attention(qkv, cos, sin), self.attn_sub_norm, self.o_proj)
-
-
-class SquaredReluMLP(nn.Module):
-    """Up, squared ReLU and BitNet's extra norm in one, down.
-
-    Source: So et al. 2021, "Primer" (arXiv:2109.08668) for the activation; BitNet b1.58 2B4T
-    (arXiv:2504.12285) for the activation and the norm's place. Ungated, unlike the latter.
-    """
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.up_proj = _hidden_linear(config, config.dim, config.mlp_width, bias=False)
-        self.ffn_sub_norm = RMSNorm(config.mlp_width, eps=config.norm_eps, squared_relu=True)
-        self.down_proj = _hidden_linear(config, config.mlp_width, config.dim, bias=False)
-
-    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """Apply the MLP to norm(`x`) (batch, length, dim)."""
-        return normed_linear(normed_linear(x, norm, self.up_proj), self.ffn_sub_norm, self.down_proj)
-
-
-class Block(nn.Module):
-    """Pre-norm residual block: attention, then MLP."""
-
-    def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = SquaredReluMLP(config)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Apply the block to `x` (batch, length, dim)."""
-        x = x + self.self_attn(x, self.input_layernorm, cos, sin)
-        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -363,9 +324,27 @@ class Decoder(nn.Module):
         return last - (tokens != self.config.pad_id).flip(1).int().argmax(dim=1)
 
 
+class Llama(Decoder):
+    """A causal transformer with the blocks of Llama (Touvron et al. 2023, arXiv:2302.13971).
+
+    RMSNorm, RoPE and SwiGLU, no biases and no norm inside a block but the two in front: the function of
+    Hugging Face's LlamaForCausalLM and of llama.cpp's "llama", so that an exported model is the trained one.
+
+    Args:
+        config: the options.
+
+    Shape:
+        as for `Decoder`.
+
+    >>> build_model("llama", vocab_size=256, dim=64)(torch.zeros(2, 4, dtype=torch.long)).shape
+    torch.Size([2, 4, 256])
+    """
+
+
 REGISTRY: dict[str, tuple[type[TernaryConfig], type[nn.Module]]] = {
     "mlp": (MLPConfig, MLP),
     "decoder": (DecoderConfig, Decoder),
+    "llama": (LlamaConfig, Llama),
 }
 
 
@@ -373,8 +352,8 @@ def build_model(name: str, **options: Any) -> nn.Module:
     """Build a reference model.
 
     Args:
-        name: "mlp" or "decoder".
-        options: fields of `MLPConfig` or `DecoderConfig`.
+        name: "mlp", "decoder" or "llama".
+        options: fields of `MLPConfig`, `DecoderConfig` or `LlamaConfig`.
 
     Returns:
         The model on CPU in float32, its configuration under `.config`, weights drawn from torch's
@@ -419,20 +398,6 @@ def build_model_from_dict(config: Mapping[str, Any]) -> nn.Module:
             f"the model configuration has no 'architecture'; add one of {', '.join(map(repr, REGISTRY))}"
         )
     return build_model(config["architecture"], **{k: v for k, v in config.items() if k != "architecture"})
-
-
-def _hidden_linear(config: TernaryConfig, in_features: int, out_features: int, *, bias: bool) -> nn.Linear:
-    if not config.ternary:
-        return nn.Linear(in_features, out_features, bias)
-    return BitLinear(
-        in_features,
-        out_features,
-        bias,
-        weight_bits=config.weight_bits,
-        quantization_mode=config.quantization_mode,
-        activation_bits=config.activation_bits,
-        backward=cast(Literal["auto", "float32", "bf16", "int8"], config.backward),
-    )
 
 
 def _refresh_codes(model: nn.Module) -> None:

@@ -70,7 +70,7 @@ def pack_model(model: nn.Module) -> nn.Module:
         >>> torch.equal(packed(torch.ones(1, 64)), model(torch.ones(1, 64)))
         True
     """
-    return _pack(unwrap(model), _codes_of)
+    return _pack(unwrap(model), evaluation_codes)
 
 
 def load_packed_model(
@@ -194,7 +194,7 @@ class PackedBitLinear(PackedLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.norm, self.activation_bits = layer.norm, layer.activation_bits
         if codes is None or scale is None:
-            codes, scale = _codes_of(layer)
+            codes, scale = evaluation_codes(layer)
         self.init_packed(
             layer, pack_codes(codes) if self.activation_bits is None else pack_tiles(codes), scale
         )
@@ -250,7 +250,7 @@ class _PackedWeightOnly(PackedLayer):
     def take_over(self, layer: TernaryWeight, codes: Tensor | None, scale: Tensor | None) -> None:
         del self.weight
         if codes is None or scale is None:
-            codes, scale = _codes_of(layer)
+            codes, scale = evaluation_codes(layer)
         # A row is all of an output channel: kernels of 1 or 3 weights would not fill their bytes.
         self.init_packed(layer, pack_codes(codes.flatten(1)), scale)
 
@@ -341,7 +341,7 @@ def _pack(model: nn.Module, codes_of: Callable[[TernaryWeight], tuple[Tensor, Te
     return copy.deepcopy(model, copies).eval().requires_grad_(False)
 
 
-def _codes_of(layer: TernaryWeight) -> tuple[Tensor, Tensor]:
+def evaluation_codes(layer: TernaryWeight) -> tuple[Tensor, Tensor]:
     """The codes and scale that the layer's forward uses in evaluation mode, whatever mode it is in."""
     if layer.codes_are_current:
         return layer.codes, layer.scale

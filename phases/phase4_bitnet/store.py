@@ -364,7 +364,7 @@ def _fill(
         rows = shape if tensors[key].dim() == len(shape) else (shape[0], math.prod(shape[1:]))
         tensors[key] = unpack_codes(tensors[key], rows, manifest["encoding"]).reshape(shape)
         if latent not in tensors and latent not in manifest["aliases"]:
-            tensors[latent] = _latent_of(tensors[key], tensors[_key(name, "scale")])
+            tensors[latent] = latent_of(tensors[key], tensors[_key(name, "scale")])
     for other, stored in manifest["aliases"].items():
         tensors[other] = tensors[stored]
     state = model.state_dict()
@@ -377,7 +377,7 @@ def _fill(
     model.load_state_dict(tensors, strict=True)
 
 
-def _latent_of(codes: Tensor, scale: Tensor) -> Tensor:
+def latent_of(codes: Tensor, scale: Tensor) -> Tensor:
     """A float32 latent whose codes and scale are exactly these; see the module's docstring."""
     nonzero = (codes != 0).double().mean().clamp(min=torch.finfo(torch.float64).tiny)
     return (codes.double() * (scale.double() / nonzero)).float()

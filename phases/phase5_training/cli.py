@@ -22,6 +22,7 @@ USAGE = """forge: train 1.58-bit networks
   forge inspect-data FILE ...      counts, shapes, ranges, classes, quality, bad records of data files
   forge tune CONFIG.yaml           find rate, decay, optimizer and filter for a run, in a tenth of its steps
   forge bench [CONFIG.yaml]        time to a target: Forge against float, plain and tuned
+  forge export RUN --format F      write the model for transformers, llama.cpp, onnxruntime or torch
   forge report RUN [RUN ...]       write the report of a run, or of several side by side
   forge track RUN TRACKER ...      mirror a run into wandb, tensorboard or trackio, afterwards
   forge write-data TASK            write a real task's data files, to train on
@@ -252,6 +253,34 @@ def _bench(words: Sequence[str]) -> int:
     return 0
 
 
+def _export(words: Sequence[str]) -> int:
+    parser = Parser(
+        "forge export",
+        description="Write the best weights of a run for other tools, and compare what they read with it.",
+    )
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--format", required=True, help="huggingface, gguf, onnx or torch")
+    parser.add_argument("--output", help="file or folder to write; default in RUN/export/")
+    parser.add_argument("--tensor-type", help="gguf: TQ2_0 (default), TQ1_0 or F16")
+    parser.add_argument("--linear-class", help="huggingface: autobitlinear (default) or bitlinear")
+    parser.add_argument("--data", nargs="+", help="data to compare outputs on; default the run's")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    found = parser.parse_strictly(words)
+    from phase5_training.commands import export
+
+    report = export(
+        found.run,
+        found.format,
+        found.output,
+        tensor_type=found.tensor_type,
+        linear_class=found.linear_class,
+        data=found.data,
+        overwrite=found.overwrite,
+    )
+    print("\n".join(report.lines()))
+    return 0
+
+
 def _report(words: Sequence[str]) -> int:
     parser = Parser("forge report", description="Write the report of a run, or of several side by side.")
     parser.add_argument("runs", nargs="+", help="folders of runs")
@@ -352,6 +381,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "inspect-data": _inspect_data,
     "tune": _tune,
     "bench": _bench,
+    "export": _export,
     "report": _report,
     "track": _track,
     "write-data": _write_data,

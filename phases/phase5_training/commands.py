@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from phase4_bitnet import export as exporters
 from phase4_bitnet.durable_folder import recover
 from phase4_bitnet.store import load_compressed_model
 from phase5_training.assembly import data_config, loss_of, validator_of
@@ -18,7 +20,7 @@ from phase5_training.factory import TrainingPipeline, create_training_pipeline
 from phase5_training.hardware import resolve_amp, resolve_device
 from phase5_training.inspection import inspect_data
 from phase5_training.inspection_text import as_text
-from phase5_training.models import check_against_data, prepare_model
+from phase5_training.models import check_against_data, is_huggingface, prepare_model
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.records import CHECKPOINTS, RunDirectory
 from phase5_training.results import TrainingResult
@@ -27,6 +29,15 @@ from phase5_training.tune import Tuning, write_tuned
 # What lets a complete run go on.
 PATIENCE = {"patience", "early_stopping"}
 EXTENDING = {"epochs", "max_steps", "max_seconds", *PATIENCE}
+# Format of `forge export` -> how the file is called by default, in RUN/export/.
+EXPORT_NAMES = {
+    "huggingface": "huggingface",
+    "gguf": "model.gguf",
+    "onnx": "model.onnx",
+    "torch": "model.pt2",
+}
+# Rows of the run's data that an exported file is held to.
+EXPORT_SAMPLE_ROWS = 4
 
 
 def pipeline_from(values: Mapping[str, Any]) -> TrainingPipeline:
@@ -121,10 +132,7 @@ def evaluate(folder: str, data: str | Sequence[str] | None = None, device: str =
         UsageError: the run has no finished model or no validation data.
         DataError: the data cannot be read.
     """
-    run = open_run(folder)
-    recover(run.path)
-    if not (run.best / "manifest.json").is_file():
-        raise UsageError(f"{folder} has no finished model; continue it with `forge resume {folder}`")
+    run = _finished_run(folder)
     recorded = run.read_config()
     _refuse_objects(run, recorded, ["loss"], "measure it in Python, with RealTimeValidator")
     source = data if data is not None else recorded.get("val_data_path")
@@ -193,6 +201,85 @@ def inspect_files(
         raise DataError(found["problem"])
 
 
+def export(
+    folder: str,
+    format: str,
+    output: str | None = None,
+    *,
+    tensor_type: str | None = None,
+    linear_class: str | None = None,
+    data: str | Sequence[str] | None = None,
+    overwrite: bool = False,
+) -> exporters.ExportReport:
+    """Write the best weights of a run for other tools, and hold what they read against the model.
+
+    Args:
+        folder: the run.
+        format: "huggingface", "gguf", "onnx" or "torch".
+        output: file or folder to write; None is RUN/export/ and the name of `EXPORT_NAMES`.
+        tensor_type: of GGUF, as for :func:`phase4_bitnet.export.export_gguf`.
+        linear_class: of Hugging Face, as for :func:`phase4_bitnet.export.export_huggingface`.
+        data: a file or files whose first samples outputs are compared on; None takes the run's data, or
+            random tokens or features where they cannot be read.
+        overwrite: replace what is there.
+
+    Raises:
+        UsageError: no such run or format, an option of another format, or a model that the format cannot
+            hold.
+    """
+    if format not in EXPORT_NAMES:
+        near = nearest_match(format, EXPORT_NAMES)
+        hint = f"did you mean {near!r}?" if near else f"use one of {', '.join(EXPORT_NAMES)}"
+        raise UsageError(f"format {format!r} is unknown; {hint}")
+    options: dict[str, Any] = {}
+    for name, value, wanted in (
+        ("tensor_type", tensor_type, "gguf"),
+        ("linear_class", linear_class, "huggingface"),
+    ):
+        if value is not None and format != wanted:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --format {wanted}; leave it out")
+        options |= {name: value} if value is not None else {}
+    run = _finished_run(folder)
+    recorded = run.read_config()
+    _refuse_objects(run, recorded, ["model"], "export it in Python, with phase4_bitnet.export")
+    recorded = {k: v for k, v in recorded.items() if k != "teacher" and not _is_object(v)}
+    config = parse_config(recorded)
+    if format == "huggingface" and config.tokenizer != "bytes":
+        options["tokenizer"] = config.tokenizer
+    write = getattr(exporters, f"export_{format}")
+    place = Path(output) if output else run.path / "export" / EXPORT_NAMES[format]
+    try:
+        model = _stored_model(run, config)
+        return write(model, place, sample=_sample(config, data), overwrite=overwrite, **options)
+    except FileExistsError:
+        raise UsageError(f"{place} exists; give --overwrite, or another --output") from None
+    except ValueError as error:
+        raise UsageError(str(error).replace("tensor_type=", "--tensor-type ")) from error
+
+
+def _sample(config: TrainingConfig, data: str | Sequence[str] | None) -> torch.Tensor | None:
+    """The first inputs of some data; None where there are none to read."""
+    source = data or config.val_data_path or config.train_data_path
+    if source is None:
+        return None
+    try:
+        loader = DataLoaderFactory.create_loader(source, data_config(config, split=False), split="validation")
+        return loader.first()["input"][:EXPORT_SAMPLE_ROWS]
+    except DataError as error:
+        if data:
+            raise
+        warnings.warn(f"outputs are compared on random input: {error}", stacklevel=2)
+        return None
+
+
+def _finished_run(folder: str) -> RunDirectory:
+    run = open_run(folder)
+    recover(run.path)
+    if not (run.best / "manifest.json").is_file():
+        raise UsageError(f"{folder} has no finished model; continue it with `forge resume {folder}`")
+    return run
+
+
 def open_run(folder: str) -> RunDirectory:
     """The run in a folder.
 
@@ -230,9 +317,9 @@ def _stored_model(run: RunDirectory, config: TrainingConfig) -> torch.nn.Module:
     try:
         return load_compressed_model(run.best)
     except (ValueError, FileNotFoundError) as error:
-        if ":" not in config.model:
+        if ":" not in config.model and not is_huggingface(config.model):
             raise UsageError(str(error)) from error
-    # The user's own class: made by the function that made it for training, then filled.
+    # Not a class of ours: made as it was made for training, then filled.
     model = prepare_model(config.model, config, spec=None)
     try:
         return load_compressed_model(run.best, model=model)

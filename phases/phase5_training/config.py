@@ -61,9 +61,10 @@ class TrainingConfig(BaseModel):
 
     # What is trained, on what
     model: str = "auto"
-    """auto, mlp, decoder, the folder of a saved model, or package.module:function that returns one."""
+    """auto, mlp, decoder, llama, the folder of a saved model or of one of transformers, or
+    package.module:function that returns one."""
     model_options: dict[str, bool | int | float | str | list[int] | None] = {}
-    """Options of the architecture, such as dim, layers, heads (decoder) or hidden (mlp)."""
+    """Options of the architecture, such as dim, layers, heads (decoder, llama) or hidden (mlp)."""
     train_data_path: str | list[str] | None = None
     """A file, several files, or a folder."""
     val_data_path: str | list[str] | None = None

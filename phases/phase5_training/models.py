@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from phase4_bitnet.architectures import REGISTRY, TernaryConfig, build_model
 from phase4_bitnet.convert import convert_model_to_bitnet
+from phase4_bitnet.export import load_huggingface
 from phase4_bitnet.layers import BitLinear, TernaryWeight, ternary_layers
 from phase4_bitnet.packing import packed_bytes
-from phase4_bitnet.store import load_compressed_model, session_folder
+from phase4_bitnet.store import MANIFEST, load_compressed_model, session_folder
 from phase5_training.batches import rows_of, to_device
 from phase5_training.config import TrainingConfig
 from phase5_training.errors import ForgeError, UsageError, nearest_match
@@ -33,7 +34,8 @@ def prepare_model(given: nn.Module | Mapping[str, Any] | str, config: TrainingCo
 
     Args:
         given: a module, the dictionary of phase 4 ({"model": ..., "metrics": ...}), or a name: "auto",
-            a reference architecture, the folder or id of a saved session, or "package.module:function".
+            a reference architecture, the folder or id of a saved session, a folder of transformers, or
+            "package.module:function".
         config: use_bitnet and its options; model_options for a reference architecture.
         spec: what the data are.
 
@@ -119,14 +121,21 @@ def _by_name(name: str, config: TrainingConfig, spec: Any) -> nn.Module:
         near = nearest_match(name, ["auto", *REGISTRY])
         hint = f"did you mean {near!r}? " if near else ""
         raise UsageError(
-            f"model {name!r} is unknown; {hint}use auto, {', '.join(REGISTRY)}, the folder of a saved model, "
-            "or package.module:function"
+            f"model {name!r} is unknown; {hint}use auto, {', '.join(REGISTRY)}, the folder of a saved model "
+            "or of one of transformers, or package.module:function"
         )
     _refuse_options(name, config)
     try:
+        if is_huggingface(folder):
+            return load_huggingface(folder)
         return load_compressed_model(folder).train()
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def is_huggingface(folder: str | Path) -> bool:
+    """Whether a folder holds a model of transformers: it has their config.json, and not our manifest."""
+    return (Path(folder) / "config.json").is_file() and not (Path(folder) / MANIFEST).is_file()
 
 
 def _refuse_options(name: str, config: TrainingConfig) -> None:

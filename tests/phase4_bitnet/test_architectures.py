@@ -17,6 +17,7 @@ from phase4_bitnet.layers import BitLinear, ternary_layers
 SMALL: dict[str, dict[str, Any]] = {
     "mlp": {"in_features": 12, "hidden": (16, 8), "num_outputs": 3},
     "decoder": {"vocab_size": 11, "dim": 16, "layers": 2, "heads": 2, "max_length": 24},
+    "llama": {"vocab_size": 11, "dim": 16, "layers": 2, "heads": 2, "max_length": 24},
 }
 names = pytest.mark.parametrize("name", list(REGISTRY))
 
