@@ -35,7 +35,7 @@ def trained():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert float(loss) < 0.5
+    assert loss.item() < 0.5
     return model.eval()
 
 

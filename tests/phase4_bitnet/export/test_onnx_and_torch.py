@@ -151,7 +151,7 @@ def test_files_hold_packed_codes_and_no_paths(tmp_path):
     onnx_report = export_onnx(model, tmp_path / "m.onnx")
     torch_report = export_torch(model, tmp_path / "m.pt2")
     assert onnx_report.bytes < codes + 50_000
-    assert torch_report.bytes < codes / 4 + 100_000
+    assert torch_report.bytes < codes / 4 + 150_000
     texts = [(tmp_path / "m.onnx").read_bytes()]
     with zipfile.ZipFile(tmp_path / "m.pt2") as archive:
         texts += [archive.read(name) for name in archive.namelist()]
