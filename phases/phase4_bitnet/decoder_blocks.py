@@ -1,7 +1,7 @@
 """Blocks of the reference decoders: attention, two kinds of MLP, norms, and the residual block.
 
-A configuration chooses between BitNet's, with extra norms before `o_proj` and `down_proj` and a squared ReLU, and, if
-`gated`, Llama's, with SwiGLU and no norm but the two in front.
+A configuration chooses between BitNet's, with extra norms before `o_proj` and `down_proj` and a squared ReLU,
+and, if `gated`, Llama's, with SwiGLU and no norm but the two in front.
 """
 
 from __future__ import annotations

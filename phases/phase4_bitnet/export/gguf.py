@@ -130,6 +130,8 @@ def export_gguf(
         sample = sample_for(model) if sample is None else sample
         outputs = None
         if layout.config["vocab_size"] == BYTES and optional("xllamacpp") is not None:
+            # llama.cpp wants room for one more token.
+            sample = sample[:, : layout.config["max_position_embeddings"] - 1]
             ours = outputs_of(model, sample)[:, -1].float().log_softmax(-1)
             outputs = ours, torch.tensor(log_probabilities_apart(temporary, sample.tolist(), BYTES))
     checked = version_of("xllamacpp") if outputs else version_of("gguf")

@@ -106,7 +106,7 @@ def _block_weights(block: Any, prefix: str, config: DecoderConfig) -> Weights:
     _add(weights, f"{prefix}mlp.gate_proj", gate)
     _add(weights, f"{prefix}mlp.up_proj", up)
     _add(weights, f"{prefix}mlp.down_proj", _split(mlp.down_proj, 1)[0])
-    if config.sub_norms:
+    if not config.gated:
         weights[f"{prefix}self_attn.attn_sub_norm.weight"] = _float(attention.attn_sub_norm.weight)
         weights[f"{prefix}mlp.ffn_sub_norm.weight"] = _float(mlp.ffn_sub_norm.weight)
     return weights
@@ -128,7 +128,7 @@ def _float(parameter: Tensor) -> Tensor:
 
 
 def _hf_config(config: DecoderConfig) -> dict[str, Any]:
-    kind = ("BitNetForCausalLM", "bitnet") if config.sub_norms else ("LlamaForCausalLM", "llama")
+    kind = ("LlamaForCausalLM", "llama") if config.gated else ("BitNetForCausalLM", "bitnet")
     return {
         "architectures": [kind[0]],
         "model_type": kind[1],

@@ -27,6 +27,7 @@ from phase4_bitnet.layers import (
     ternary_layers,
 )
 from phase4_bitnet.packing import pack_codes
+from phase4_bitnet.rms_norm import RMSNorm
 from phase4_bitnet.ternary import INT8_MAX, SCALE_FLOOR
 
 # (..., k) int8 and (n, k) int8 to their products, (..., n) float32.
@@ -59,6 +60,9 @@ def portable_model(model: nn.Module, product: Product, packed: bool) -> nn.Modul
             copies[id(layer)] = _Linear(layer, packed, product)
         else:
             copies[id(layer)] = _WeightOnly(layer, packed, kind)
+    for module in model.modules():
+        if type(module) is RMSNorm:
+            copies[id(module)] = _Norm(module)
     for module in model.modules():
         if type(module) is Attention:
             copies[id(module)] = _Attention(module, copies)
@@ -148,6 +152,21 @@ class _WeightOnly(nn.Module):
         return layer._conv_forward(x, self.codes.weight(), self.bias)
 
 
+class _Norm(nn.Module):
+    """RMSNorm in torch's operators."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(norm.weight.detach().clone())
+        self.eps, self.squared_relu = norm.eps, norm.squared_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.squared_relu:
+            x = F.relu(x)
+            x = x * x
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
 class _Attention(nn.Module):
     """The reference decoders' attention as one product, one softmax, one product."""
 
@@ -159,11 +178,11 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = attention.heads
         for name in ("qkv_proj", "attn_sub_norm", "o_proj"):
-            setattr(self, name, copy.deepcopy(getattr(attention, name), copies))
+            setattr(self, name, copy.deepcopy(getattr(attention, name) or nn.Identity(), copies))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, norm: nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, dim = x.shape
-        qkv = self.qkv_proj(x).view(batch, length, 3, self.heads, dim // self.heads)
+        qkv = self.qkv_proj(norm(x)).view(batch, length, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(
             apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, is_causal=True
