@@ -136,7 +136,7 @@ class TestMistakes:
 
     def test_verbs_and_flags(self, forge):
         refused(forge("trian"), 2, "unknown command 'trian'; did you mean 'train'?")
-        refused(forge("zzz"), 2, "use one of demo, train, resume, evaluate, tune, bench, report")
+        refused(forge("zzz"), 2, "use one of demo, train, resume, evaluate, tune, bench, export, report")
         refused(
             forge("train", "--batchsize", "8"), 2, "unknown flag '--batchsize'; did you mean '--batch-size'?"
         )

@@ -104,7 +104,7 @@ class TestPrepare:
             ({"float_layers": ["layers.0"]}, "the model is ternary already; leave it out"),
             (
                 {"model_options": {"hidden": [8]}},
-                "model_options build a mlp or decoder, and the model is 'MLP'; leave them out",
+                "model_options build a mlp or decoder or llama, and the model is 'MLP'; leave them out",
             ),
         ],
     )
@@ -163,7 +163,10 @@ class TestPrepare:
         ("name", "message"),
         [
             ("decodr", "model 'decodr' is unknown; did you mean 'decoder'?"),
-            ("no/such/folder", "model 'no/such/folder' is unknown; use auto, mlp, decoder, the folder of"),
+            (
+                "no/such/folder",
+                "model 'no/such/folder' is unknown; use auto, mlp, decoder, llama, the folder",
+            ),
         ],
     )
     def test_an_unknown_name(self, name, message):
