@@ -6,17 +6,15 @@ and, if `gated`, Llama's, with SwiGLU and no norm but the two in front.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import Literal, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phase4_bitnet.architecture_config import DecoderConfig, TernaryConfig
 from phase4_bitnet.attention import rotary_attention
 from phase4_bitnet.layers import BitLinear, normed_linear
 from phase4_bitnet.rms_norm import RMSNorm
-
-if TYPE_CHECKING:
-    from phase4_bitnet.architectures import DecoderConfig, TernaryConfig
 
 
 def hidden_linear(config: TernaryConfig, in_features: int, out_features: int, *, bias: bool) -> nn.Linear:

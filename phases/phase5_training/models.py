@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phase4_bitnet.architectures import REGISTRY, TernaryConfig, build_model
+from phase4_bitnet.architecture_config import TernaryConfig
+from phase4_bitnet.architectures import REGISTRY, build_model
 from phase4_bitnet.convert import convert_model_to_bitnet
 from phase4_bitnet.export import load_huggingface
 from phase4_bitnet.layers import BitLinear, TernaryWeight, ternary_layers

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from oracles.attention import decoder as decoder_oracle
-from phase4_bitnet.architectures import REGISTRY, DecoderConfig, MLPConfig, build_model, build_model_from_dict
+from phase4_bitnet.architecture_config import DecoderConfig, MLPConfig
+from phase4_bitnet.architectures import REGISTRY, build_model, build_model_from_dict
 from phase4_bitnet.layers import BitLinear, ternary_layers
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from phase4_bitnet.architectures import Decoder, DecoderConfig
+from phase4_bitnet.architecture_config import DecoderConfig
+from phase4_bitnet.architectures import Decoder
 from phase4_bitnet.inference import evaluation_codes
 from phase4_bitnet.layers import TernaryWeight
 
