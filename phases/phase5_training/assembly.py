@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from phase4_bitnet.convert import hidden_linears
 from phase5_training import hardware
 from phase5_training.batches import to_device
+from phase5_training.checks import check_optimizer
 from phase5_training.config import TrainingConfig
 from phase5_training.defaults import rates
 from phase5_training.distributed import Ranks
@@ -18,8 +20,9 @@ from phase5_training.errors import UsageError
 from phase5_training.loop_config import LoopConfig
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
 from phase5_training.modes import eval_mode
+from phase5_training.muon import iteration_flops
 from phase5_training.phases import Schedule, build_schedule
-from phase5_training.pipeline.bitnet_optimizer import check_optimizer_name
+from phase5_training.pipeline.bitnet_optimizer import build_optimizer, check_optimizer_name
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.grokfast_trainer import GrokfastConfig
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
@@ -62,6 +65,51 @@ def data_config(config: TrainingConfig, *, split: bool, ranks: Ranks | None = No
     )
 
 
+def optimizer_of(
+    given: Any, model: nn.Module, batch: Mapping[str, Any], device: torch.device, ranks: Ranks
+) -> tuple[Any, list[str]]:
+    """The optimizer of a run as it was given, "auto" decided where it can be, and what to say about that.
+
+    Muon orthogonalizes each hidden matrix once a step, whatever the batch, and the products of a step grow
+    with the rows that the layers see. "auto" is Muon while its iteration costs no more than those products,
+    and AdamW where the batch is too small for it: on the digits a step of 64 rows would take seven times as
+    long, for the same accuracy (docs/findings.md).
+
+    Args:
+        given: a name or an instance.
+        model: its hidden linear layers are what Muon would move.
+        batch: this rank's part of one, with the rows that the layers see.
+        device: of the model.
+        ranks: whose parts make up the batch.
+    """
+    if not isinstance(given, str) or given != "auto":
+        return given, []
+    modules = dict(model.named_modules())
+    layers = [modules[name] for name in hidden_linears(model)]
+    products: dict[Any, int] = {}
+
+    def count(layer: Any, args: tuple[Any, ...]) -> None:
+        products[layer] = products.get(layer, 0) + 6 * args[0].numel() * layer.weight.shape[0]
+
+    hooks = [
+        layer.register_forward_pre_hook(count)
+        for layer in layers
+        if layer.weight.requires_grad and layer.weight.dim() == 2
+    ]
+    try:
+        with eval_mode(model), torch.no_grad():
+            model(to_device(batch["input"], device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    own = sum(ranks.gathered(sum(products.values())))
+    if not own:  # no hidden matrix, or none that is called as a layer
+        return given, []
+    share = sum(iteration_flops(*layer.weight.shape) for layer in products) / own
+    name = "muon" if share <= 1 else "adamw"
+    return name, [f"optimizer {name}: Muon's iteration would be {share:.2g} times the products of a step"]
+
+
 def rates_of(config: TrainingConfig, optimizer: Any) -> tuple[float, float]:
     """(base learning rate, weight decay) of a named optimizer, or those that an instance has already."""
     if not isinstance(optimizer, str):
@@ -73,6 +121,17 @@ def rates_of(config: TrainingConfig, optimizer: Any) -> tuple[float, float]:
         return first["lr"], first.get("weight_decay", 0.0)
     check_optimizer_name(optimizer)
     return rates(config, optimizer)
+
+
+def torch_optimizers(
+    given: Any, model: nn.Module, loss: Loss, learning_rate: float, weight_decay: float
+) -> Any:
+    """What moves the weights: the instance that was given, or the torch optimizers of a name."""
+    if not isinstance(given, str):
+        check_optimizer(given, model, loss)
+        return given
+    extra = list(loss.parameters())
+    return build_optimizer(given, model, learning_rate=learning_rate, weight_decay=weight_decay, extra=extra)
 
 
 def validator_of(

@@ -136,7 +136,8 @@ class TrainingConfig(BaseModel):
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     """Stop after this much time."""
     optimizer: str = "auto"
-    """auto, muon, adamw or sgd; auto is muon: Muon for hidden matrices, AdamW for the rest."""
+    """auto, muon (AdamW for what is no hidden matrix), adamw or sgd; auto is muon where the batch is large
+    enough for its cost, else adamw."""
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
     """Base rate; None takes the default of the optimizer, auto tries some in short trials first."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None

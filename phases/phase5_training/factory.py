@@ -23,14 +23,16 @@ from phase5_training.assembly import (
     loop_config,
     loss_of,
     monitor_of,
+    optimizer_of,
     planned_steps,
     rates_of,
     resolved_config,
     schedule_of,
+    torch_optimizers,
     validator_of,
 )
 from phase5_training.callbacks import ReportRefresher
-from phase5_training.checks import check_optimizer, check_storable
+from phase5_training.checks import check_storable
 from phase5_training.config import (
     TrainingConfig,
     check_same_run,
@@ -46,7 +48,6 @@ from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
 from phase5_training.parallel import checkpoints_of, on_ranks, seen_by_all, spread
-from phase5_training.pipeline.bitnet_optimizer import build_optimizer
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
 from phase5_training.pipeline.scheduler import GrokfastScheduler
@@ -143,18 +144,16 @@ class TrainingPipeline:
         validator = self._checked_validator(use_amp, amp_dtype) if self.val_loader is not None else None
         total_steps = planned_steps(config, self.train_loader)
         plan = schedule_of(config, total_steps)
+        self._given_optimizer, said = optimizer_of(
+            self._given_optimizer, self.model, first, self.device, ranks
+        )
         learning_rate, weight_decay = rates_of(config, self._given_optimizer)
         grokfast = grokfast_config(config)
         compiled, why = self._compiles(first, total_steps)
         run_model = hardware.compile_model(self.model, config.memory_budget) if compiled else self.model
         self._spread = spread(self.model, run_model, self.loss, first, config, ranks, self.device)
         self.notices += self._spread.notices
-        inner, extra = self._given_optimizer, list(self.loss.parameters())
-        if isinstance(inner, str):
-            rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-            inner = build_optimizer(inner, self.model, **rates, extra=extra)
-        else:
-            check_optimizer(inner, self.model, self.loss)
+        inner = torch_optimizers(self._given_optimizer, self.model, self.loss, learning_rate, weight_decay)
         gradient_filter = GradientFilter(grokfast, plan) if grokfast else None
         self.optimizer = self._spread.optimizer(
             inner,
@@ -162,7 +161,8 @@ class TrainingPipeline:
             gradient_filter=gradient_filter,
             max_grad_norm=config.max_grad_norm if config.gradient_clipping else None,
         )
-        self.notices += [self.train_loader.sentence(), f"model {'' if compiled else 'not '}compiled: {why}"]
+        made = f"model {'' if compiled else 'not '}compiled: {why}"
+        self.notices += [*said, self.train_loader.sentence(), made]
         monitor = monitor_of(config, self.spec.task, self.loss)
         self.run_directory = self._open_run()
         self.resolved = resolved_config(

@@ -124,6 +124,19 @@ def rate_factor(adjust: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
+def iteration_flops(rows: int, columns: int, steps: int = 5) -> int:
+    """Floating point operations that Muon adds to a step for a matrix of this shape.
+
+    Example:
+        >>> iteration_flops(1, 2)
+        42
+    """
+    m, n = sorted((rows, columns))
+    if n >= _GRAM_RATIO * m:
+        return 2 * m * m * (2 * n + m * (4 * steps - 3))
+    return 2 * m * m * (n + m * steps + 2 * n * (steps - 1) + n)
+
+
 def muon_class(params: Iterable[Tensor]) -> type[torch.optim.Muon]:
     """The faster Muon for these parameters: torch's where bfloat16 has units of its own."""
     if all(p.device.type == "cpu" for p in params) and "amx_bf16" not in processor_flags():

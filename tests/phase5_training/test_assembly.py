@@ -1,4 +1,4 @@
-"""That the options about data reach what reads them."""
+"""That the options about data reach what reads them, and what "auto" comes to."""
 
 import json
 
@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from phase5_training.assembly import data_config, monitor_of
+from phase4_bitnet import BitLinear, build_model
+from phase5_training.assembly import data_config, monitor_of, optimizer_of
 from phase5_training.config import TrainingConfig
+from phase5_training.distributed import Ranks
 from phase5_training.errors import DataError, UsageError
 from phase5_training.loss_registry import build_loss
+from phase5_training.muon import iteration_flops
 from phase5_training.pipeline.data_config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -94,3 +97,59 @@ def test_token_lists_of_different_lengths_need_a_pad_id(pipeline, tmp_path):
 )
 def test_accuracy_decides_for_classes_unless_another_figure_is_named(task, loss, named, expected):
     assert monitor_of(TrainingConfig(monitor=named), task, build_loss(loss)) == expected
+
+
+class TestOptimizerOf:
+    """ "auto" against the operations counted one product at a time."""
+
+    @staticmethod
+    def counted(m: int, n: int, steps: int = 5) -> int:
+        """What muon.orthogonalize multiplies, product by product, m <= n."""
+        product = lambda a, b, c: 2 * a * b * c  # noqa: E731
+        total = product(m, n, m)
+        for step in range(steps):
+            total += product(m, m, m)
+            last = step == steps - 1
+            if n >= 1.5 * m:
+                total += product(m, m, m) * (step > 0) + 2 * product(m, m, m) * (not last)
+            elif not last:
+                total += product(m, m, n) + product(m, n, m)
+        return total + product(m, m, n)
+
+    @pytest.mark.parametrize("shape", [(3, 3), (4, 5), (2, 3), (8, 100), (100, 8)])
+    def test_the_operations_of_an_iteration(self, shape):
+        assert iteration_flops(*shape) == self.counted(*sorted(shape))
+
+    @pytest.mark.parametrize(("rows", "expected"), [(1, "adamw"), (400, "adamw"), (700, "muon")])
+    def test_auto_is_muon_from_the_rows_on_that_pay_for_it(self, rows, expected):
+        # 100 x 100 twice between an input and an output layer: 6 * rows * 10,000 against 54 million each.
+        model = nn.Sequential(*(BitLinear(100, 100) for _ in range(2)), nn.Linear(100, 3))
+        layers = [m for m in model if isinstance(m, BitLinear)]
+        share = sum(self.counted(100, 100) for _ in layers) / (len(layers) * 6 * rows * 10_000)
+        assert (share <= 1) == (expected == "muon")
+        batch = {"input": torch.zeros(rows, 100)}
+        name, said = optimizer_of("auto", model, batch, torch.device("cpu"), Ranks())
+        assert name == expected
+        assert said == [
+            f"optimizer {name}: Muon's iteration would be {share:.2g} times the products of a step"
+        ]
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+    def test_every_position_of_a_sequence_is_a_row(self):
+        model = build_model("decoder", vocab_size=9, dim=32, layers=1, heads=2)
+        one, many = (
+            optimizer_of(
+                "auto", model, {"input": torch.zeros(shape, dtype=torch.long)}, torch.device("cpu"), Ranks()
+            )
+            for shape in ((4, 1), (64, 16))
+        )
+        assert (one[0], many[0]) == ("adamw", "muon")
+
+    def test_what_is_named_stays(self):
+        model, inner = nn.Linear(2, 2), object()
+        for given in ("muon", "adamw", inner):
+            assert optimizer_of(given, model, {}, torch.device("cpu"), Ranks()) == (given, [])
+
+    def test_without_a_hidden_matrix_nothing_is_decided(self):
+        batch = {"input": torch.zeros(4, 2)}
+        assert optimizer_of("auto", nn.Linear(2, 2), batch, torch.device("cpu"), Ranks()) == ("auto", [])
