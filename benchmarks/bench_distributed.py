@@ -17,6 +17,7 @@ The loopback counts what anybody on the machine sends, in packets with their hea
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -102,13 +103,16 @@ def work(options: argparse.Namespace) -> None:
     length = 128
     batch = options.tokens // length * int(ranks)
     draw = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 256, (batch * 8, length + 1), generator=draw)
+    tokens = torch.randint(0, 256, (batch * 8 * (length + 1),), generator=draw)
+    data = Path(folder) / f"tokens-{os.environ['RANK']}.bin"
+    data.write_bytes(tokens.to(torch.uint8).numpy().tobytes())
+    data.with_suffix(".bin.json").write_text('{"dtype": "uint8", "vocab_size": 256}')
     made = create_training_pipeline(
-        "decoder", [{"input": row} for row in tokens], batch_size=batch, max_steps=options.steps, epochs=9999,
+        "decoder", str(data), batch_size=batch, max_steps=options.steps, epochs=9999,
         model_options={"dim": options.width, "layers": options.layers, "heads": options.width // 64},
         optimizer="adamw", learning_rate=1e-3, grokfast_alpha=0.98, grokfast_lambda=0.5,
         experiment_name="run", output_dir=f"{folder}/runs", use_amp=False, compile=False, device="cpu",
-        parallel=mode.partition("_")[0] or "auto", progress="quiet", validation_split=0.0,
+        parallel=mode.partition("_")[0] or "auto", progress="quiet", validation_split=0.0, max_length=length,
         gradient_compression="bf16" if mode.endswith("bf16") else "none", log_interval=10**6,
     )  # fmt: skip
     marks: list[tuple[float, int, int, int]] = []

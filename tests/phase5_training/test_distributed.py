@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from phase5_training.config import load_yaml, parse_config
 from phase5_training.distributed import ProcessGroup, Ranks, join, launched
 from phase5_training.errors import ForgeError, UsageError
 from phase5_training.parallel import in_parts, on_ranks
@@ -182,6 +183,12 @@ def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(tm
     assert len(resumed) == 1
     assert 17 <= resumed[0] < 28  # at most checkpoint_interval steps are lost
     assert outputs[0].count("max_steps at step 40") == 1  # the first rank speaks, no other
+
+
+@pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml", "gpus-8.yaml"])
+def test_the_examples_are_configurations(repository, name):
+    path = repository / "examples" / name
+    assert parse_config(load_yaml(path), where=name).experiment_name
 
 
 def test_one_process_has_no_group(monkeypatch):
