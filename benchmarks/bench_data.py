@@ -22,7 +22,6 @@ resident size of its process in MB ("peak_mb") where that has one of its own.
 import argparse
 import importlib
 import json
-import resource
 import shutil
 import tempfile
 import time
@@ -69,7 +68,9 @@ def main() -> None:
 
 
 def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """VmHWM of this process; ru_maxrss would count what its parent held when it was started."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 class Clock:
@@ -162,7 +163,8 @@ OPENERS = {"forge": open_with_forge, "json.load": open_with_json, "datasets": op
 def prepare_json(name: str, path: Path, folder: Path, threads: int, part: int) -> Any:
     """A turn: open, one epoch, and ``part`` batches of the next."""
     torch.set_num_threads(threads)
-    importlib.import_module({"forge": "phase5_training", "datasets": "datasets"}.get(name, "json"))
+    packages = {"forge": "phase5_training.pipeline.data_loader", "datasets": "datasets"}
+    importlib.import_module(packages.get(name, "json"))
     imported = peak_mb()
 
     def turn() -> dict[str, Any]:
@@ -287,7 +289,7 @@ def tokens_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, A
 
 def prepare_stream(path: Path, threads: int) -> Any:
     torch.set_num_threads(threads)
-    importlib.import_module("phase5_training")
+    importlib.import_module("phase5_training.pipeline.data_loader")
     imported = peak_mb()
 
     def turn() -> dict[str, Any]:

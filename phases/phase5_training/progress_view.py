@@ -117,6 +117,9 @@ class Progress:
         return f"best {column} {worded} at step {number(step)}"
 
 
+NOTABLE_WAIT = 0.01  # share of the time waiting for data from which a plain line says so
+
+
 def log_line(progress: Progress) -> str:
     """The newest training figures as one plain line.
 
@@ -134,6 +137,7 @@ def log_line(progress: Progress) -> str:
             _named("accuracy", share(train.get("accuracy"))),
             _named("lr", number(train.get("lr"))),
             _unit(compact(train.get("samples_per_s")), "samples/s"),
+            _data_wait(train, NOTABLE_WAIT),
             _named("ETA", duration(progress.eta())),
         ]
     )
@@ -256,10 +260,17 @@ def _rates(train: Metrics) -> str:
         _named("lr", number(train.get("lr"))),
         _named("gradient norm", number(train.get("grad_norm"))),
         _unit(compact(train.get("samples_per_s")), "samples/s"),
+        _data_wait(train, 0.0),
         megabytes(train.get("memory_mb")),
         _named("epoch", number(train.get("epoch"))),
     ]
     return _joined([part for part in parts if part != MISSING], "  ·  ")
+
+
+def _data_wait(train: Metrics, least: float) -> str:
+    """The share of the time in which steps waited for data, where it is known and at least so much."""
+    waited = train.get("data_wait_share")
+    return _named("waiting for data", share(waited)) if is_finite(waited) and waited >= least else ""
 
 
 def _validation_figures(metrics: Metrics) -> list[tuple[str, str]]:

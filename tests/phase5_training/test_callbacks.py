@@ -20,7 +20,7 @@ from phase5_training import callbacks
 from phase5_training.callbacks import ProgressDisplay, ReportRefresher
 from phase5_training.errors import UsageError
 from phase5_training.events import CallbackRegistry, Event
-from phase5_training.progress_view import Progress, sparkline
+from phase5_training.progress_view import Progress, log_line, sparkline
 from phase5_training.records import RunDirectory
 
 SOURCE = str(Path(callbacks.__file__).parents[1])
@@ -475,3 +475,12 @@ def test_time_left_goes_by_what_ends_the_run_first() -> None:
     by_steps = Progress(step=10, total_steps=20, seconds=5.0, max_seconds=60.0)
     assert by_steps.eta() == 5.0
     assert Progress(step=10, seconds=5.0).eta() is None
+
+
+def test_a_wait_for_data_is_shown_from_one_percent_on():
+    def line(waited):
+        return log_line(Progress(step=1, total_steps=2, train={"loss": 1.0, "data_wait_share": waited}))
+
+    assert "waiting for data 25%" in line(0.25)
+    assert "waiting" not in line(0.004)
+    assert "waiting" not in line(None)

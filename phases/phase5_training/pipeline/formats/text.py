@@ -123,7 +123,10 @@ class TokenBlocks:
         """See `Source.gather`."""
         indices = np.asarray(indices, np.int64)
         if len(self._streams) == 1:
-            rows = self._streams[0][indices[:, None] * self._block + np.arange(self._block + 1)]
+            # Overlapping rows of the stream: one copy each, without an index for every token.
+            stream, step = self._streams[0], self._streams[0].strides[0]
+            shape, strides = (len(self), self._block + 1), (self._block * step, step)
+            rows = np.lib.stride_tricks.as_strided(stream, shape, strides, writeable=False)[indices]
         else:
             starts = (indices * self._block).tolist()
             rows = np.stack([self._read(start, start + self._block + 1) for start in starts])
