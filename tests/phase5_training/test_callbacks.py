@@ -481,6 +481,6 @@ def test_a_wait_for_data_is_shown_from_one_percent_on():
     def line(waited):
         return log_line(Progress(step=1, total_steps=2, train={"loss": 1.0, "data_wait_share": waited}))
 
-    assert "waiting for data 25%" in line(0.25)
+    assert "waiting for data 25.0%" in line(0.25)
     assert "waiting" not in line(0.004)
     assert "waiting" not in line(None)

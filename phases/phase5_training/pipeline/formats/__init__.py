@@ -19,8 +19,8 @@ from phase5_training.pipeline.formats.compressed import COMPRESSIONS, open_compr
 from phase5_training.pipeline.formats.hdf5 import open_hdf5
 from phase5_training.pipeline.formats.json import open_json, open_json_lines
 from phase5_training.pipeline.formats.pickle import open_pickle
-from phase5_training.pipeline.formats.source import ReadOptions, ShardedSource, Source
-from phase5_training.pipeline.formats.text import open_text
+from phase5_training.pipeline.formats.source import ArraySource, ReadOptions, ShardedSource, Source
+from phase5_training.pipeline.formats.text import TokenBlocks, open_text
 
 Opener = Callable[[Path, ReadOptions], Source]
 
@@ -74,15 +74,21 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
         raise DataError(f"{files[0].parent}: files of different formats {names}; use one format at a time")
     suffix = extension(files[0])
     if suffix in STREAM_READERS:
-        return STREAM_READERS[suffix](files, options)
+        return _sparing(STREAM_READERS[suffix](files, options), options)
     # What fits in memory is judged by all files together.
-    sizes = [file.stat().st_size for file in files]
-    shares = [options.memory_limit * size // max(sum(sizes), 1) for size in sizes]
+    total = max(sum(file.stat().st_size for file in files), 1)
+    shares = [options.memory_limit * file.stat().st_size // total for file in files]
     sources = [
-        READERS[suffix](file, replace(options, memory_limit=share) if len(files) > 1 else options)
+        _sparing(READERS[suffix](file, replace(options, memory_limit=share)), options)
         for file, share in zip(files, shares, strict=True)
     ]
     return sources[0] if len(sources) == 1 else ShardedSource(sources)
+
+
+def _sparing(source: Source, options: ReadOptions) -> Source:
+    if options.streaming and isinstance(source, (ArraySource, TokenBlocks)):
+        source.spare_memory()
+    return source
 
 
 def extension(file: Path) -> str:

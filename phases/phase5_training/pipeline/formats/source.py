@@ -17,6 +17,7 @@ import numpy as np
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, concat
+from phase5_training.pipeline.formats.mapped_pages import TouchedPages
 
 CHUNK_BYTES = 8 << 20  # what one chunk of a walk through a file may hold
 CHUNK_ROWS = 4096
@@ -193,6 +194,7 @@ class ArraySource:
         index = np.arange(len(input), dtype=np.int64) if index is None else index
         self._columns = Columns(index, input, target, quality, self._bad)
         self._details = details or {}
+        self._pages: TouchedPages | None = None
         self._check()
 
     @classmethod
@@ -220,18 +222,31 @@ class ArraySource:
     def _rows(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._columns.index, indices) if self._bad else indices
 
+    def spare_memory(self) -> None:
+        """Give mapped pages back as they were read."""
+        target = self._columns.target
+        named = list(target.values()) if isinstance(target, dict) else [target]
+        self._pages = TouchedPages([self._columns.input, self._columns.quality, *named])
+
     def gather(self, indices: np.ndarray) -> Columns:
         """See `Source.gather`."""
+        if self._pages is not None:
+            self._pages.touch((int(indices.max()) + 1 - int(indices.min())) * self._row_bytes)
         return self._columns.take(self._rows(indices))
+
+    @property
+    def _row_bytes(self) -> int:
+        values = self._columns.input
+        return max(values[:1].nbytes, 1) if isinstance(values, np.ndarray) else 1024
 
     def iterate(self) -> Iterator[Columns]:
         """See `Source.iterate`."""
-        values = self._columns.input
-        row = values[:1].nbytes if isinstance(values, np.ndarray) else 1024
-        step = max(1, min(CHUNK_BYTES // max(row, 1), 1 << 16))
+        step = max(1, min(CHUNK_BYTES // self._row_bytes, 1 << 16))
         n = len(self._columns)
         for start in range(0, n, step):
             chunk = self._columns.take(slice(start, min(start + step, n)))
+            if self._pages is not None:
+                self._pages.touch(step * self._row_bytes)
             if start == 0:
                 chunk.bad = self._bad
             yield chunk

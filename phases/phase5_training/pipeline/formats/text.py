@@ -10,6 +10,7 @@ import numpy as np
 
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.formats.columns import Columns, Ragged
+from phase5_training.pipeline.formats.mapped_pages import TouchedPages
 from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Tokenizer, check_memory
 
 
@@ -100,6 +101,7 @@ class TokenBlocks:
         self._streams, self._block = list(streams), block_length
         self._starts = np.cumsum([0, *(len(s) for s in streams)])
         self._details = details or {}
+        self._pages: TouchedPages | None = None
         self.tokens = int(self._starts[-1])
         if self.tokens < block_length + 1:
             raise DataError(
@@ -119,9 +121,16 @@ class TokenBlocks:
             start, stream = max(start, int(self._starts[stream + 1])), stream + 1
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def spare_memory(self) -> None:
+        """Give mapped pages back as they were read."""
+        self._pages = TouchedPages(self._streams)
+
     def gather(self, indices: np.ndarray) -> Columns:
         """See `Source.gather`."""
         indices = np.asarray(indices, np.int64)
+        if self._pages is not None:
+            blocks = int(indices.max()) + 1 - int(indices.min())
+            self._pages.touch(blocks * self._block * self._streams[0].itemsize)
         if len(self._streams) == 1:
             # Overlapping rows of the stream: one copy each, without an index for every token.
             stream, step = self._streams[0], self._streams[0].strides[0]

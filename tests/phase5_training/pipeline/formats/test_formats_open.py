@@ -119,3 +119,35 @@ def test_no_reader_breaks_on_what_is_not_its_format(tmp_path, extension, content
 def test_rows_must_match():
     with pytest.raises(DataError, match="inputs has 3 rows and targets has 2"):
         ArraySource("npy", ["x.npy"], np.ones((3, 1)), np.ones(2))
+
+
+def test_streaming_gives_mapped_pages_back(tmp_path, monkeypatch):
+    from phase5_training.pipeline.formats import mapped_pages
+
+    np.save(tmp_path / "a.npy", np.arange(40.0).reshape(20, 2))
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "b.bin")
+    (tmp_path / "b.bin.json").write_text('{"dtype": "uint16", "vocab_size": 1000}')
+    given = []
+    monkeypatch.setattr(mapped_pages, "RESIDENT", 64)
+    original = mapped_pages.mapped_under
+
+    class Watched:
+        def __init__(self, mapped):
+            self.mapped = mapped
+
+        def madvise(self, advice):
+            given.append(advice)
+            self.mapped.madvise(advice)
+
+    monkeypatch.setattr(mapped_pages, "mapped_under", lambda a: (m := original(a)) and Watched(m))
+    for name in ("a.npy", "b.bin"):
+        for options in (
+            ReadOptions(memory_limit=0, block_length=9),
+            ReadOptions(streaming=True, block_length=9),
+        ):
+            given.clear()
+            source = open_source(tmp_path / name, options)
+            before = source.gather(np.array([3, 1])).input.tolist()
+            rows = [row for chunk in source.iterate() for row in chunk.input.tolist()]
+            assert source.gather(np.array([3, 1])).input.tolist() == before == [rows[3], rows[1]]
+            assert bool(given) == options.streaming
