@@ -49,7 +49,7 @@ def test_a_bad_record_is_named_by_its_own_file(tmp_path):
     ("name", "message"),
     [
         ("data.jsn", r"unknown extension '.jsn'; did you mean .json"),
-        ("data.parquet", r"unknown extension '.parquet'; .*known are .json"),
+        ("data.xlsx", r"unknown extension ..xlsx.; .*known are .json"),
         ("data", r"unknown extension '\(none\)'"),
     ],
 )
