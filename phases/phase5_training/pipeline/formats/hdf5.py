@@ -23,7 +23,7 @@ from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_K
 from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source, check_width
 
 _MAX_LINKS = 8
-BLOCK_BYTES = 1 << 18  # read at a time where the file has no chunks
+BLOCK_BYTES = 1 << 20  # read at a time where the file has no chunks
 
 
 def open_hdf5(path: Path, options: ReadOptions) -> Source:
@@ -216,13 +216,13 @@ class Hdf5Source:
         data = self._data(name)
         order = np.argsort(indices, kind="stable")
         wanted = indices[order]
-        rows = data.chunks[0] if data.chunks else max(1, CHUNK_BYTES // 64 // self._row_bytes)
-        cuts = np.flatnonzero(np.diff(wanted // rows)) + 1
-        parts = []
-        for group in np.split(wanted, cuts):
-            first = int(group[0])
-            parts.append(_read(data, slice(first, int(group[-1]) + 1))[group - first])
-        values = np.concatenate(parts)[np.argsort(order)]
+        cuts = np.flatnonzero(np.diff(wanted // self._block_rows)) + 1
+        begins, ends = wanted[np.append(0, cuts)], wanted[np.append(cuts, len(wanted)) - 1] + 1
+        lasts = np.cumsum(ends - begins)
+        shift = np.repeat(lasts - ends, np.diff([0, *cuts, len(wanted)]))
+        places = np.empty_like(order)
+        places[order] = wanted + shift
+        values = _read_stretches(data, begins.tolist(), ends.tolist())[places]
         return values.tolist() if values.dtype.kind == "O" else values
 
     def _columns(self, indices: np.ndarray) -> Columns:
@@ -267,6 +267,18 @@ class Hdf5Source:
             "attributes": self._attributes,
             "metadata": self._metadata,
         }
+
+
+def _read_stretches(data: h5py.Dataset, begins: list[int], ends: list[int]) -> np.ndarray:
+    """Several stretches of rows, one after the other in one array."""
+    if len(begins) == 1 or h5py.check_string_dtype(data.dtype) is not None:
+        return np.concatenate([_read(data, slice(a, b)) for a, b in zip(begins, ends, strict=True)])
+    total = sum(ends) - sum(begins)
+    rows, at = np.empty((total, *data.shape[1:]), data.dtype), 0
+    for a, b in zip(begins, ends, strict=True):
+        data.read_direct(rows, np.s_[a:b], np.s_[at : at + b - a])
+        at += b - a
+    return rows
 
 
 def _read(data: h5py.Dataset, rows: slice) -> np.ndarray:
