@@ -38,6 +38,7 @@ from interleave import CaseError, Worker, circumstances, quartiles, write_rows
 RECORD = Path(__file__).parent / "records" / "data.jsonl"
 WIDTH, VOCABULARY, CLASSES = 128, 50257, 10
 BATCH = 64
+BLOCK = 22_000  # records of random numbers that are written again and again: 20 MB
 PARTS = ("json", "hdf5", "tokens", "streaming", "cache")
 
 
@@ -108,14 +109,14 @@ def write_json(path: Path, megabytes: int, seed: int = 0) -> int:
     rng, count, size = np.random.default_rng(seed), 0, 0
     blocks = []
     for _ in range(max(1, min(megabytes // 20, 5))):
-        rows, labels = rng.integers(0, VOCABULARY, (22_000, WIDTH)), rng.integers(0, CLASSES, 22_000)
+        rows, labels = rng.integers(0, VOCABULARY, (BLOCK, WIDTH)), rng.integers(0, CLASSES, BLOCK)
         records = zip(rows.tolist(), labels.tolist(), strict=True)
         blocks.append(", ".join(f'{{"input": {row}, "target": {label}}}' for row, label in records).encode())
     with path.open("wb") as file:
         file.write(b'{"samples": [')
         while size < megabytes * 1_000_000:
-            file.write((b", " if count else b"") + blocks[count // 22_000 % len(blocks)])
-            size, count = size + len(blocks[0]), count + 22_000
+            file.write((b", " if count else b"") + blocks[count // BLOCK % len(blocks)])
+            size, count = size + len(blocks[0]), count + BLOCK
         file.write(b"]}")
     return count
 

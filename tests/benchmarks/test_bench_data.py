@@ -1,0 +1,55 @@
+"""The files, cases and summaries of the benchmark of reading."""
+
+import json
+
+import numpy as np
+import pytest
+
+import bench_data
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bench_data, "BLOCK", 40)
+
+
+def test_the_json_file_is_what_the_part_says(tmp_path):
+    count = bench_data.write_json(tmp_path / "a.json", 1)
+    samples = json.loads((tmp_path / "a.json").read_text())["samples"]
+    assert len(samples) == count
+    assert {len(record["input"]) for record in samples} == {128}
+    assert all(record["target"] in range(10) for record in samples)
+
+
+@pytest.mark.parametrize("name", ["forge", "json.load"])
+def test_a_case_reads_every_sample(tmp_path, name):
+    count = bench_data.write_json(tmp_path / "a.json", 1)
+    turn, _ = bench_data.prepare_json(name, tmp_path / "a.json", tmp_path, 1, 2)
+    row = turn()
+    assert row["samples"] == count
+    assert row["later_samples"] == 2 * bench_data.BATCH
+    assert row["peak_mb"] >= row["imported_mb"] > 0
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "npy", "bin", "h5"])
+def test_streams_of_every_format_are_read(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    bench_data.write_stream(path, 4)
+    turn, _ = bench_data.prepare_stream(path, 1)
+    assert turn()["samples"] > 1000
+
+
+def test_both_ways_to_read_tokens_give_blocks_of_the_stream(tmp_path):
+    tokens = np.arange(10_000).astype(np.uint16)
+    tokens.tofile(tmp_path / "a.bin")
+    for batch in bench_data.by_hand(tmp_path / "a.bin", 50):
+        assert (batch["target"] - batch["input"] == 1).all()
+
+
+def test_the_summary_keeps_to_its_cases():
+    rows = [{"case": "forge", "samples": 10, "seconds": s, "cpu_s": 1.0} for s in (1.0, 2.0, 4.0)] + [
+        {"case": "peer", "error": "KeyError: 'x'"}
+    ]
+    lines = list(bench_data.summary("tokens", rows))
+    assert lines[0] == "tokens forge: samples/s [3.75, 5.0, 7.5] (quartiles of 3)"
+    assert lines[-1] == "tokens peer: KeyError: 'x'"
