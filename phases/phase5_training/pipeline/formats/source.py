@@ -16,7 +16,15 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, concat
+from phase5_training.pipeline.formats.columns import (
+    Columns,
+    Ragged,
+    Targets,
+    Values,
+    concat,
+    take_target,
+    take_values,
+)
 from phase5_training.pipeline.formats.mapped_pages import TouchedPages
 
 CHUNK_BYTES = 8 << 20  # what one chunk of a walk through a file may hold
@@ -191,8 +199,9 @@ class ArraySource:
         self.format, self.paths, self.access = format, paths, access
         self.vocab_size: int | None = None
         self._bad = bad or {}
-        index = np.arange(len(input), dtype=np.int64) if index is None else index
-        self._columns = Columns(index, input, target, quality, self._bad)
+        # Without unreadable records a position is a row: no array of them is held.
+        self._index = index if self._bad else None
+        self._columns = Columns(np.empty(0, np.int64), input, target, quality, self._bad)
         self._details = details or {}
         self._pages: TouchedPages | None = None
         self._check()
@@ -217,10 +226,12 @@ class ArraySource:
                 )
 
     def __len__(self) -> int:
-        return len(self._columns) + len(self._bad)
+        return len(self._columns.input) + len(self._bad)
 
-    def _rows(self, indices: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._columns.index, indices) if self._bad else indices
+    def _take(self, rows: np.ndarray | slice, index: np.ndarray) -> Columns:
+        columns = self._columns
+        quality = None if columns.quality is None else columns.quality[rows]
+        return Columns(index, take_values(columns.input, rows), take_target(columns.target, rows), quality)
 
     def spare_memory(self) -> None:
         """Give mapped pages back as they were read."""
@@ -232,7 +243,8 @@ class ArraySource:
         """See `Source.gather`."""
         if self._pages is not None:
             self._pages.touch((int(indices.max()) + 1 - int(indices.min())) * self._row_bytes)
-        return self._columns.take(self._rows(indices))
+        index = np.asarray(indices, np.int64)
+        return self._take(index if self._index is None else np.searchsorted(self._index, index), index)
 
     @property
     def _row_bytes(self) -> int:
@@ -242,9 +254,12 @@ class ArraySource:
     def iterate(self) -> Iterator[Columns]:
         """See `Source.iterate`."""
         step = max(1, min(CHUNK_BYTES // self._row_bytes, 1 << 16))
-        n = len(self._columns)
+        n = len(self._columns.input)
         for start in range(0, n, step):
-            chunk = self._columns.take(slice(start, min(start + step, n)))
+            rows = slice(start, min(start + step, n))
+            chunk = self._take(
+                rows, np.arange(start, rows.stop) if self._index is None else self._index[rows]
+            )
             if self._pages is not None:
                 self._pages.touch(step * self._row_bytes)
             if start == 0:
