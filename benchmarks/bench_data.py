@@ -350,6 +350,8 @@ def streaming_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str
 
 
 def cache_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from phase5_training.pipeline.data_collate import SampleCache
+
     torch.set_num_threads(found.threads)
     words = ["to", "be", "or", "not", "to", "be", "that", "is", "the", "question"]
     rng = np.random.default_rng(0)
@@ -360,9 +362,12 @@ def cache_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, An
                 text = " ".join(rng.choice(words, length))
                 file.write(json.dumps({"input": text, "target": i % CLASSES}) + "\n")
         cases = {
-            "cache": forge_loader(path, streaming=True, cache_size=1000),
+            "cache": forge_loader(path, streaming=True, cache_size=records),
             "no cache": forge_loader(path, streaming=True, cache_size=0),
         }
+        # A loader leaves out a cache that cannot hold all; here it is wanted.
+        prepared = cases["cache"]._prepared
+        prepared._cache = SampleCache(prepared.source, prepared.collator, 1000, 1 << 30)
         for number in range(3 * found.rounds):
             for case, loader in cases.items():
                 row = timed(iter(loader), 1 << 30)

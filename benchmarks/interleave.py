@@ -21,7 +21,7 @@ from typing import Any
 from phase4_bitnet import native
 from phase5_training.records import machine
 
-PEERS = ("torchao", "transformers")
+PEERS = ("torchao", "transformers", "datasets")
 _SPAWN = multiprocessing.get_context("spawn")
 
 
