@@ -10,7 +10,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint typecheck format faults fuzz bench clean distclean
+.PHONY: help demo test check lint typecheck format faults fuzz bench docs clean distclean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,11 @@ bench: $(VENV)/bench.stamp ## measure against float layers and other libraries; 
 	@set -e; for script in benchmarks/bench_*.py; do \
 		echo "$$script"; $(BIN)/python "$$script" $(ARGS); \
 	done
+
+# Adapters are documented too, so the trainers that they adapt to are needed.
+docs: $(VENV)/dev.stamp ## write the API reference to build/api
+	@$(PIP_INSTALL) --editable ".[dev,docs]"
+	$(BIN)/python tools/make_docs.py build/api
 
 clean: ## remove caches and build leftovers
 	rm -rf build dist phases/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

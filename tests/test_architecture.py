@@ -26,6 +26,7 @@ LEAVES = {
         "errors",
         "events",
         "follow",
+        "forecast",
         "generalization",
         "loop_config",
         "loop_state",

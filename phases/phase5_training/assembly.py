@@ -245,6 +245,16 @@ def estimated_seconds(
     return min(seconds, config.max_seconds or float("inf"))
 
 
+def compiles(
+    config: TrainingConfig, model: nn.Module, batch: Mapping[str, Any], steps: int, device: torch.device
+) -> tuple[bool, str]:
+    """Whether the model of a run of ``steps`` optimizer steps is compiled, and why."""
+    seconds = None
+    if config.compile == "auto":
+        seconds = estimated_seconds(config, model, batch, steps, device)
+    return hardware.resolve_compile(config.compile, device, seconds)
+
+
 def free_name(output_dir: str, model: nn.Module) -> str:
     """A name for a run that has none: the model's class and the time, numbered where that is taken."""
     first = f"{type(model).__name__.lower()}-{time.strftime('%Y%m%d-%H%M%S')}"

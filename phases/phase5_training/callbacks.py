@@ -54,6 +54,8 @@ class ProgressDisplay:
         title: the experiment's name.
         total_steps: length of the run in optimizer steps, for the bar and the time left.
         max_seconds: the run ends after this much time, when its steps have not ended it before.
+        target: figure of the validation to head for; the display says when it may be reached.
+        monitor: which figure that is; None is accuracy where there is one, else the loss.
         run: where to note that the display had to be turned off.
         console: where to draw; default standard output.
         interval_s: the least time between two plain log lines, in seconds.
@@ -75,6 +77,8 @@ class ProgressDisplay:
         title: str = "",
         total_steps: int | None = None,
         max_seconds: float | None = None,
+        target: float | None = None,
+        monitor: str | None = None,
         run: RunDirectory | None = None,
         console: Console | None = None,
         interval_s: float = 2.0,
@@ -84,10 +88,18 @@ class ProgressDisplay:
             raise UsageError(f"mode={mode!r} is no progress display; use one of {', '.join(MODES)}")
         self.run = run
         self.interval_s = interval_s
+        self.muted = False
+        """Take figures and show nothing, as while the past of a run is read."""
         self._clock = clock
         self._console = console
         self.mode: str = _fitting_mode(console) if mode == "auto" else mode
-        self._progress = Progress(title=one_line(title, 60), total_steps=total_steps, max_seconds=max_seconds)
+        self._progress = Progress(
+            title=one_line(title, 60),
+            total_steps=total_steps,
+            max_seconds=max_seconds,
+            target=target,
+            monitor=monitor,
+        )
         self._live: Live | None = None
         self._started = clock()
         self._last_line = self._last_frame = -math.inf
@@ -111,6 +123,22 @@ class ProgressDisplay:
             handlers[Event.STEP_END] = self._step_end
         for event, handler in handlers.items():
             registry.register(event, self._guarded(handler))
+
+    def show(self) -> None:
+        """Show the newest figures now."""
+        self._guarded(lambda index, metrics: self._show())(0, {})
+
+    def tell(self, text: str) -> None:
+        """Print a line, unless the display is quiet."""
+        if self.mode not in ("quiet", "off"):
+            (self._console or Console()).print(
+                one_line(text, 400), markup=False, highlight=False, soft_wrap=True
+            )
+
+    def _show(self) -> None:
+        if self._progress.train:
+            self._say(log_line(self._progress))
+        self._draw(now=True)
 
     def close(self) -> None:
         """Give the terminal back; called at fit_end, harmless to call again."""
@@ -173,7 +201,8 @@ class ProgressDisplay:
         progress.skipped = metrics.get("nonfinite_steps") or progress.skipped
         progress.seconds = self._clock() - self._started
         progress.take_loss(metrics.get("loss"))
-        if self.mode == "lines" and self._clock() - self._last_line >= self.interval_s:
+        due = self._clock() - self._last_line >= self.interval_s
+        if self.mode == "lines" and due and not self.muted:
             self._last_line = self._clock()
             self._say(log_line(progress))
         self._draw()
@@ -228,7 +257,7 @@ class ProgressDisplay:
         self.close()
 
     def _say(self, text: str) -> None:
-        if self.mode != "lines":
+        if self.mode != "lines" or self.muted:
             return
         stream = self._console.file if self._console else sys.stdout
         encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -237,7 +266,7 @@ class ProgressDisplay:
         stream.flush()
 
     def _draw(self, now: bool = False) -> None:
-        if self._live is None:
+        if self._live is None or self.muted:
             return
         clock = self._clock()
         if now or clock - self._last_frame >= FRAME_S:

@@ -24,6 +24,7 @@ USAGE = """forge: train 1.58-bit networks
   forge bench [CONFIG.yaml]        time to a target: Forge against float, plain and tuned
   forge export RUN --format F      write the model for transformers, llama.cpp, onnxruntime or torch
   forge report RUN [RUN ...]       write the report of a run, or of several side by side
+  forge watch RUN                  show a run that another process trains
   forge track RUN TRACKER ...      mirror a run into wandb, tensorboard or trackio, afterwards
   forge write-data TASK            write a real task's data files, to train on
 
@@ -288,12 +289,26 @@ def _report(words: Sequence[str]) -> int:
     found = parser.parse_strictly(words)
     from pathlib import Path
 
-    from phase5_training.commands import open_run
     from phase5_training.report import write_report
+    from phase5_training.run_folder import open_run
 
     paths = [open_run(folder).path for folder in found.runs]
     print(write_report(paths, Path(found.output) if found.output else None))
     return 0
+
+
+def _watch(words: Sequence[str]) -> int:
+    parser = Parser("forge watch", description="Show a run that another process trains, until it ends.")
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--plain", action="store_true", help="lines instead of a live view")
+    found = parser.parse_strictly(words)
+    from phase5_training.run_folder import open_run
+    from phase5_training.watch import RunWatcher
+
+    try:
+        return RunWatcher(open_run(found.run), "lines" if found.plain else "auto").follow()
+    except KeyboardInterrupt:
+        return 0  # the run is another process and goes on
 
 
 def _track(words: Sequence[str]) -> int:
@@ -305,7 +320,7 @@ def _track(words: Sequence[str]) -> int:
     parser.add_argument("trackers", nargs="+", help="wandb, tensorboard or trackio")
     parser.add_argument("--project", default="forge", help="that W&B and trackio list it in; default forge")
     found = parser.parse_strictly(words)
-    from phase5_training.commands import open_run
+    from phase5_training.run_folder import open_run
     from phase5_training.trackers import check_trackers
     from phase5_training.trackers.mirror import mirror
 
@@ -384,5 +399,6 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "export": _export,
     "report": _report,
     "track": _track,
+    "watch": _watch,
     "write-data": _write_data,
 }

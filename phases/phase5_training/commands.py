@@ -24,6 +24,7 @@ from phase5_training.models import check_against_data, is_huggingface, prepare_m
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.records import CHECKPOINTS, RunDirectory
 from phase5_training.results import TrainingResult
+from phase5_training.run_folder import open_run
 from phase5_training.tune import Tuning, write_tuned
 
 # What lets a complete run go on.
@@ -277,26 +278,6 @@ def _finished_run(folder: str) -> RunDirectory:
     recover(run.path)
     if not (run.best / "manifest.json").is_file():
         raise UsageError(f"{folder} has no finished model; continue it with `forge resume {folder}`")
-    return run
-
-
-def open_run(folder: str) -> RunDirectory:
-    """The run in a folder.
-
-    Raises:
-        UsageError: there is none; names the nearest.
-    """
-    run = RunDirectory(folder)
-    if not run.exists():
-        parent = Path(folder).parent
-        others = [p.name for p in parent.iterdir() if RunDirectory(p).exists()] if parent.is_dir() else []
-        near = nearest_match(Path(folder).name, others)
-        hint = (
-            f"; did you mean {str(parent / near)!r}?"
-            if near
-            else "; give the folder of a run, as runs/my_run"
-        )
-        raise UsageError(f"{folder} holds no run{hint}")
     return run
 
 

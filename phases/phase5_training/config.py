@@ -35,6 +35,7 @@ RESUME_OPTIONS = (
     "loss_spikes",
     "spike_threshold",
     "progress",
+    "target",
     "trackers",
     "tracker_project",
     "parallel",
@@ -251,6 +252,8 @@ class TrainingConfig(BaseModel):
     """Steps between lines of figures."""
     progress: Literal["auto", "plain", "quiet"] = "auto"
     """Live display on a terminal, plain lines, or nothing."""
+    target: float | None = None
+    """Figure of monitor to head for: the display says when it may be reached, and nothing else changes."""
     trackers: list[Literal["wandb", "tensorboard", "trackio"]] = []
     """Where else the figures go: wandb, tensorboard, trackio, each in a process of its own."""
     tracker_project: str = "forge"

@@ -14,10 +14,10 @@ from phase4_bitnet.layers import ternary_layers
 from phase4_bitnet.store import save_compressed_model
 from phase5_training import hardware
 from phase5_training.assembly import (
+    compiles,
     cost_of_determinism,
     data_config,
     early_stopping_of,
-    estimated_seconds,
     free_name,
     has_samples,
     loop_config,
@@ -61,11 +61,14 @@ from phase5_training.restore import as_begun, restore
 from phase5_training.results import (
     TrainingResult,
     check_trained,
+    described,
     end_notice,
     result_metrics,
     result_record,
+    session_record,
 )
 from phase5_training.signals import end_when_stuck, stop_on_signals, stop_on_sigterm, stopped_by
+from phase5_training.trackers import check_trackers
 from phase5_training.tune import Tuning, check_tunable, tune
 
 
@@ -93,13 +96,12 @@ class TrainingPipeline:
         self._given = {"model": model, "train": train_data, "val": val_data, "loss": loss}
         self._given_optimizer, self._teacher = optimizer, teacher
         self.callbacks = CallbackRegistry()
-        self.ready = False
+        self.ready = self._stopping = False
         self.run_directory: RunDirectory | None = None
         self.notices: list[str] = []
         self.tuning: Tuning | None = None
         self._trial_of: Any = None  # the pipeline that this one is a trial of
         self._running = threading.Lock()
-        self._stopping = False
         self._result: TrainingResult | None = None
 
     def register_callback(self, event: str, callback: Callback) -> None:
@@ -149,7 +151,7 @@ class TrainingPipeline:
         )
         learning_rate, weight_decay = rates_of(config, self._given_optimizer)
         grokfast = grokfast_config(config)
-        compiled, why = self._compiles(first, total_steps)
+        compiled, why = ranks.chosen(compiles(config, self.model, first, total_steps, self.device))
         run_model = hardware.compile_model(self.model, config.memory_budget) if compiled else self.model
         self._spread = spread(self.model, run_model, self.loss, first, config, ranks, self.device)
         self.notices += self._spread.notices
@@ -198,6 +200,8 @@ class TrainingPipeline:
             gradient_filter.watch(self.callbacks)
         if self._trial_of is None and ranks.first:
             watch(self.callbacks, self.run_directory, config, total_steps)
+            data = described(self.train_loader, self.val_loader)
+            self.run_directory.append_event(session_record(self.model, data, total_steps))
         self.ready = True
         return self
 
@@ -284,13 +288,6 @@ class TrainingPipeline:
             self.loop.stop()
 
     # -- parts of setup ------------------------------------------------------------------------
-
-    def _compiles(self, first: dict[str, Any], total_steps: int) -> tuple[bool, str]:
-        """Whether the model is compiled, and why."""
-        config, seconds = self.config, None
-        if config.compile == "auto":
-            seconds = estimated_seconds(config, self.model, first, total_steps, self.device)
-        return self.ranks.chosen(hardware.resolve_compile(config.compile, self.device, seconds))
 
     def _open_data(self) -> None:
         config, parent = self.config, self._trial_of
@@ -410,8 +407,7 @@ class TrainingPipeline:
             self.notices.append(result.notice)
             run.append_event({"event": "notice", "text": result.notice})
         if self.ranks.first:
-            loaders = {"train": self.train_loader, "validation": self.val_loader}
-            data = {name: loader.description() for name, loader in loaders.items() if loader is not None}
+            data = described(self.train_loader, self.val_loader)
             record = result_record(result, data=data, notices=self.notices, loss=self.loss)
             run.write_result({**record, "error": error} if error else record)
             ReportRefresher(run).refresh(state.step)
@@ -482,6 +478,7 @@ def create_training_pipeline(
     data = {"train_data_path": train_data_path, "val_data_path": val_data_path}
     names = only_names({**data, "model": model, "optimizer": optimizer, "loss": loss})
     config = parse_config({**options, **names})
+    check_trackers(config.trackers)
     if train_data_path is None:
         raise UsageError("train_data_path is missing; give a data file, a Dataset or batches")
     if teacher is not None and loss not in (None, "distillation"):

@@ -1,13 +1,16 @@
 """Running figures of training: summed on the device, read at log intervals and epoch ends."""
 
+import os
 import resource
 import sys
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from phase5_training.outputs import IGNORE_INDEX, unwrap_outputs
+from phase5_training.protocols import Optimizes
 
 # What one step adds to the sums, in this order.
 _FIGURES = ("loss", "good_steps", "correct", "counted", "skipped")
@@ -34,6 +37,7 @@ class Meter:
         self.steps = 0
         self._samples = 0
         self._seconds, self._started = 0.0, 0.0
+        self._worked = (time.perf_counter(), time.process_time())
         self._window = torch.zeros(len(_FIGURES), dtype=torch.float64, device=device)
         self._epoch = torch.zeros_like(self._window)
         self.correct = self._window.new_zeros(2)
@@ -90,6 +94,7 @@ class Meter:
             "lr": self.lr,
             "samples_per_s": self._samples / seconds,
             "data_wait_share": min(1.0, self.wait_seconds / seconds),
+            "cpu_share": self._cpu_share(),
             "skipped": round(sums["skipped"]),
             "steps": self.steps,
         }
@@ -97,6 +102,12 @@ class Meter:
         self.steps, self._samples, self.wait_seconds = 0, 0, 0.0
         self._seconds, self._started = 0.0, now
         return figures
+
+    def _cpu_share(self) -> float:
+        """Share of the cores' time that this process has used since the last read."""
+        (wall, cpu), now = self._worked, (time.perf_counter(), time.process_time())
+        self._worked = now
+        return min(1.0, (now[1] - cpu) / max(now[0] - wall, 1e-9) / cores())
 
     def pause(self, now: float) -> None:
         """Stop the throughput clock: what follows is not training."""
@@ -130,24 +141,41 @@ def _ratio(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def optimizer_figures(report: Any, zero_share: Tensor | None) -> dict[str, float | None]:
-    """A step's figures as numbers; waits for the device.
-
-    Args:
-        report: of the step, with ``grad_norm``, ``slow_ratio`` and ``flip_share``.
-        zero_share: share of zero codes.
-    """
-    return {
-        "grad_norm": float(report.grad_norm),
-        "slow_ratio": number(report.slow_ratio),
-        "zero_share": number(zero_share),
-        "flip_share": number(report.flip_share),
-    }
-
-
 def number(value: Tensor | None) -> float | None:
     """A () tensor as a number; waits for the device."""
     return None if value is None else float(value)
+
+
+def optimizer_figures(optimizer: Optimizes) -> dict[str, Any]:
+    """Figures of the optimizer's last step and of the codes, as numbers and lists; waits for the device."""
+    report, zeros = optimizer.report, optimizer.layer_zero_share()
+    layers = {"layer_zero_share": zeros, "layer_flip_share": report.layer_flip_share}
+    return {
+        "grad_norm": float(report.grad_norm),
+        "slow_ratio": number(report.slow_ratio),
+        "zero_share": None if zeros is None else number(optimizer.overall(zeros)),
+        "flip_share": number(report.flip_share),
+        # Six digits are finer than a code in a million.
+        **{key: [round(x, 6) for x in value.tolist()] for key, value in layers.items() if value is not None},
+    }
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        return os.cpu_count() or 1
+
+
+def gpu_share(device: torch.device) -> float | None:
+    """Share of the last moment in which the device was busy; None on a CPU, and without nvidia-ml-py."""
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (ModuleNotFoundError, RuntimeError):
+        return None
 
 
 def memory_mb(device: torch.device) -> float:

@@ -351,7 +351,7 @@ def describe_size(model: nn.Module) -> dict[str, Any]:
     latents = {id(m.weight): m.weight for m in model.modules() if isinstance(m, TernaryWeight)}.values()
     ternary = sum(w.numel() for w in latents)
     # Convolutions are packed a row per output channel.
-    packed = (total - ternary) * 4 + sum(packed_bytes((w.shape[0], w[0].numel())) for w in latents)
+    packed = (total - ternary) * 4 + sum(packed_bytes((w.shape[0], w.numel() // w.shape[0])) for w in latents)
     return {
         "class": type(model).__name__,
         "parameters": total,

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from phase5_training.forecast import seconds_to_target
 from phase5_training.phases import Phase
 from phase5_training.report.wording import (
     MISSING,
@@ -46,11 +47,15 @@ class Progress:
     first_step: int = 0
     total_steps: int | None = None
     max_seconds: float | None = None
+    target: float | None = None
+    monitor: str | None = None
     phase: str = ""
     train: Metrics = field(default_factory=dict)
     validation: Metrics = field(default_factory=dict)
     best: tuple[str, float, int] | None = None  # column, figure, step
     losses: list[float] = field(default_factory=list)
+    validations: list[tuple[float, float]] = field(default_factory=list)  # seconds, monitored figure
+    reached: int | None = None  # step at which the target was
     skipped: int = 0
     checkpoint: int | None = None
     ended: str = ""
@@ -75,6 +80,7 @@ class Progress:
     def take_validation(self, step: int, metrics: Metrics) -> bool:
         """Keep the figures of a validation; returns whether they are the best so far."""
         self.validation = {**metrics, "step": step}
+        self._follow(step, metrics)
         column = "accuracy" if is_finite(metrics.get("accuracy")) else "loss"
         figure = metrics.get(column)
         if not is_finite(figure):
@@ -88,6 +94,40 @@ class Progress:
                 return False
         self.best = (column, float(figure), step)
         return True
+
+    def _follow(self, step: int, metrics: Metrics) -> None:
+        if self.monitor is None:
+            self.monitor = "accuracy" if is_finite(metrics.get("accuracy")) else "loss"
+        figure, seconds = metrics.get(self.monitor), metrics.get("elapsed_s")
+        if not is_finite(figure):
+            return
+        at = seconds if is_finite(seconds) else self.seconds_before + self.seconds
+        self.validations = [*self.validations[-HISTORY:], (at, float(figure))]
+        better = self.target is not None and (
+            figure >= self.target if self._rising else figure <= self.target
+        )
+        if better and self.reached is None:
+            self.reached = step
+
+    @property
+    def _rising(self) -> bool:
+        return self.monitor in ("accuracy", "r2")
+
+    def target_worded(self) -> str:
+        """When the target may be reached, or was; nothing without one."""
+        if self.target is None:
+            return ""
+        worded = share(self.target) if self.monitor == "accuracy" else number(self.target)
+        name = f"{self.monitor or 'target'} {worded}"
+        if self.reached is not None:
+            return f"{name} reached at step {number(self.reached)}"
+        seconds = seconds_to_target(self.validations, self.target, rising=self._rising)
+        if seconds is None:
+            return f"{name}: no trend towards it yet"
+        end = self.eta()
+        if end is not None and seconds > end:
+            return f"{name}: not before the end, at this pace"
+        return f"{name} in about {duration(seconds)}"
 
     def eta(self) -> float | None:
         """Seconds to the end of the run, or None where they cannot be told."""
@@ -139,6 +179,7 @@ def log_line(progress: Progress) -> str:
             _unit(compact(train.get("samples_per_s")), "samples/s"),
             _data_wait(train, NOTABLE_WAIT),
             _named("ETA", duration(progress.eta())),
+            progress.target_worded(),
         ]
     )
 
@@ -168,6 +209,9 @@ def panel(progress: Progress, width: int) -> RenderableType:
         _figures(progress, sparkline_width=max(8, min(width, WIDEST) - 64)),
         Text(_rates(progress.train), style=_QUIET),
     ]
+    goals = _joined([progress.best_worded(), progress.target_worded()], "  ·  ")
+    if goals:
+        rows.append(Text(goals, style="green"))
     if progress.skipped:
         rows.append(
             Text(f"skipped steps: {number(progress.skipped)} (loss or gradient not finite)", style="yellow")
@@ -251,7 +295,8 @@ def _figures(progress: Progress, sparkline_width: int) -> Table:
     cells = [_figure(name, figure) for name, figure in _validation_figures(progress.validation)[:2]]
     cells = cells or [Text("none yet", style=_QUIET)]
     cells += [Text()] * (2 - len(cells))
-    figures.add_row("validation", *cells, Text(progress.best_worded(), style=_QUIET))
+    line = sparkline([figure for _, figure in progress.validations], sparkline_width)
+    figures.add_row("validation", *cells, Text(line, style="magenta"))
     return figures
 
 
@@ -261,7 +306,9 @@ def _rates(train: Metrics) -> str:
         _named("gradient norm", number(train.get("grad_norm"))),
         _unit(compact(train.get("samples_per_s")), "samples/s"),
         _data_wait(train, 0.0),
-        megabytes(train.get("memory_mb")),
+        _named("memory", megabytes(train.get("memory_mb"))),
+        _named("CPU", share(train.get("cpu_share"))),
+        _named("GPU", share(train.get("gpu_share"))),
         _named("epoch", number(train.get("epoch"))),
     ]
     return _joined([part for part in parts if part != MISSING], "  ·  ")

@@ -17,7 +17,7 @@ class Optimizes(Protocol):
 
     @property
     def report(self) -> Any:
-        """Figures of the last step: grad_norm, nonfinite, slow_ratio, flip_share."""
+        """Figures of the last step: grad_norm, nonfinite, slow_ratio, flip_share, layer_flip_share."""
 
     def step(self, *, loss: Tensor | None = None) -> Any:
         """Finite check of gradients and loss, clip, filter, update, re-quantize."""
@@ -25,8 +25,11 @@ class Optimizes(Protocol):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients."""
 
-    def zero_share(self) -> Tensor | None:
-        """Share of zero codes."""
+    def layer_zero_share(self) -> Tensor | None:
+        """Share of zero codes of each ternary layer."""
+
+    def overall(self, shares: Tensor) -> Tensor:
+        """The share among all codes that shares of each layer's codes make."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs."""

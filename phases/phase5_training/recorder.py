@@ -88,6 +88,8 @@ def watch(registry: CallbackRegistry, run: RunDirectory, config: TrainingConfig,
         # A run that only its time ends has no length in steps worth showing.
         total_steps=None if config.max_seconds and not config.max_steps else total_steps,
         max_seconds=config.max_seconds,
+        target=config.target,
+        monitor=config.monitor,
         run=run,
     ).register(registry)
     ReportRefresher(run).register(registry)

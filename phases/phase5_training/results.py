@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from phase5_training.errors import RunFailed
+from phase5_training.follow import this_process
 from phase5_training.loop_state import LoopState
 from phase5_training.loss_registry import Loss
 from phase5_training.models import describe_layers, describe_size
@@ -111,6 +112,25 @@ def check_trained(state: LoopState) -> None:
         raise RunFailed(
             f"the loss blew up from {first:.4g} at step 1 to {last:.4g} at step {state.step}; {remedy}"
         )
+
+
+def described(train_loader: Any, val_loader: Any) -> dict[str, Any]:
+    """What the data of a run are, as its loaders say."""
+    loaders = {"train": train_loader, "validation": val_loader}
+    return {name: loader.description() for name, loader in loaders.items() if loader is not None}
+
+
+def session_record(model: nn.Module, data: dict[str, Any], total_steps: int) -> dict[str, Any]:
+    """The event of a session's begin: the process, and what is known before the result."""
+    return {
+        "event": "session",
+        **this_process(),
+        "total_steps": total_steps,
+        "data": data,
+        "machine": machine(),
+        "layers": describe_layers(model),
+        "model": describe_size(model),
+    }
 
 
 def result_record(

@@ -280,12 +280,12 @@ class ShardedOptimizer(BitNetOptimizer):
             packed: Any = layer.packed_codes
             packed.copy_(pack_rows(layer.codes))
 
-    def _flip_share(self, before: Sequence[Tensor]) -> Tensor | None:
-        return _over_ranks(super()._flip_share(before))
+    def _flip_shares(self, before: Sequence[Tensor]) -> Tensor | None:
+        return _over_ranks(super()._flip_shares(before))
 
-    def zero_share(self) -> Tensor | None:
-        """See :meth:`BitNetOptimizer.zero_share`; parts are of one size."""
-        return _over_ranks(super().zero_share())
+    def layer_zero_share(self) -> Tensor | None:
+        """See :meth:`BitNetOptimizer.layer_zero_share`; parts are of one size."""
+        return _over_ranks(super().layer_zero_share())
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`BitNetOptimizer.state_dict`; rows as parts of whole tensors."""
@@ -343,7 +343,7 @@ def _indexed(
 
 
 def _over_ranks(share: Tensor | None) -> Tensor | None:
-    """A share over parts of one size, over all of them."""
+    """Shares over parts of one size, over all of them."""
     if share is None:
         return None
     dist.all_reduce(share)

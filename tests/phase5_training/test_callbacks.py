@@ -187,7 +187,7 @@ class TestLive:
             "loss 0.08333",
             "accuracy 30.0%",
             "best accuracy 24.0% at step 60",
-            "lr 0.003  ·  gradient norm 0.7  ·  12.3k samples/s  ·  512 MB  ·  epoch 1",
+            "lr 0.003  ·  gradient norm 0.7  ·  12.3k samples/s  ·  memory 512 MB  ·  epoch 1",
             "skipped steps: 2 (loss or gradient not finite)",
             "checkpoint at step 100",
             "ended at step 100 after 1 min 40 s: validation had stopped improving",

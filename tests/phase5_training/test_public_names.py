@@ -60,7 +60,7 @@ consolidation_steps acceleration_multiplier consolidation_multiplier
 use_amp amp_dtype gradient_clipping max_grad_norm nonfinite max_nonfinite loss_spikes spike_threshold
 device parallel gradient_compression compile memory_budget
 eval_interval early_stopping patience monitor checkpoint_interval keep_checkpoints resume_from
-log_interval progress trackers tracker_project
+log_interval progress target trackers tracker_project
 """
 
 

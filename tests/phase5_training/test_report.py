@@ -299,7 +299,7 @@ def test_every_section_and_chart_is_there(finished: RunDirectory) -> None:
         "421,632 parameters, 393,216 of them quantized (93.3%)",
         machine()["torch"],
         "Phase change",
-        "Not recorded: perplexity, bits per byte.",
+        "Not recorded: perplexity, bits per byte, use of the processor's cores, use of the GPU.",
     ):
         assert words in page.text, words
     assert "is still going" not in page.text

@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     run = RunDirectory.create(tmp_path / "runs", "digits")
     run.write_config({"learning_rate": 0.01, "hidden": [64, 64], "trackers": ["wandb"]})
-    run.append_event({"event": "session", "layers": LAYERS})
+    run.append_event({"event": "session", "layers": [{"name": name} for name in LAYERS]})
     return run
 
 
@@ -92,7 +92,7 @@ def wanted(run: RunDirectory, name: str) -> tracker_files.History:
 
 @pytest.mark.parametrize("name", EACH)
 def test_files_hold_what_metrics_jsonl_holds_after_a_resume_too(run: RunDirectory, name: str) -> None:
-    registry, processes, told = session(run, name)
+    registry, processes, told = session(run, name, close_s=120.0)
     registry.fire(Event.FIT_START, 0, {})
     train(run, 5, 100)
     registry.fire(Event.LOG, 100, {})

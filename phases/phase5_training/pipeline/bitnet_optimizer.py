@@ -62,12 +62,14 @@ class StepReport:
         nonfinite: () bool, True when the step was skipped.
         slow_ratio: () float32, norm of the slow average over norm of the clipped gradient.
         flip_share: () float32, share of codes that changed in this step.
+        layer_flip_share: (layers,) float32, the same for each ternary layer.
     """
 
     grad_norm: Tensor
     nonfinite: Tensor
     slow_ratio: Tensor | None = None
     flip_share: Tensor | None = None
+    layer_flip_share: Tensor | None = None
 
 
 class BitNetOptimizer(Optimizer):
@@ -126,6 +128,8 @@ class BitNetOptimizer(Optimizer):
         self.measure = False
         self.report = StepReport(torch.zeros(()), torch.zeros((), dtype=torch.bool))
         self._layers = [layer for _, layer in ternary_layers(model)]
+        sizes = [layer.codes.numel() for layer in self._layers]
+        self._weights = [size / max(1, sum(sizes)) for size in sizes]  # of each layer among all codes
         # On the host the flag of a bad step is read for free; elsewhere reading it would wait.
         self._undo_on_device = any(p.device.type != "cpu" for g in self.param_groups for p in g["params"])
         self.requantize()
@@ -224,13 +228,14 @@ class BitNetOptimizer(Optimizer):
         elif not nonfinite:
             ratio, flips = self._update_on_host(params, norm)
         self.steps += 1
-        self.report = StepReport(norm, nonfinite, ratio, flips)
+        overall = None if flips is None else self.overall(flips)
+        self.report = StepReport(norm, nonfinite, ratio, overall, flips)
         return result
 
     def _update_on_host(
         self, params: list[nn.Parameter], norm: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Update and re-quantize, in one pass where the kernel can; returns slow ratio and flip share."""
+        """Update and re-quantize, in one pass where the kernel can; returns slow ratio and flip shares."""
         linear = None
         if self.gradient_filter is not None:
             # Only filters that a gradient and its average determine are known to the kernel.
@@ -252,7 +257,7 @@ class BitNetOptimizer(Optimizer):
             own = {id(p) for o in general for g in o.param_groups for p in g["params"]}
             self._general_update([p for p in params if id(p) in own], factor, general)
         self._requantize(layers)
-        return self._slow_ratio(params, norm * factor), self._flip_share(before)
+        return self._slow_ratio(params, norm * factor), self._flip_shares(before)
 
     def _clip_factor(self, norm: Tensor) -> Tensor:
         """Factor on the gradients, () float32: that of torch.nn.utils.clip_grad_norm_."""
@@ -288,14 +293,12 @@ class BitNetOptimizer(Optimizer):
         slow = [state[p][SLOW] for p in params if SLOW in state.get(p, {})]
         return self._total_norm(slow) / clipped_norm if slow else None
 
-    def _flip_share(self, before: Sequence[Tensor]) -> Tensor | None:
-        """Share of codes that differ from those ``before`` of the trained layers; None without any."""
+    def _flip_shares(self, before: Sequence[Tensor]) -> Tensor | None:
+        """Share of codes of each layer that differ from those ``before`` of the trained layers, (layers,)."""
         if not before:
             return None
-        flips = [
-            (old != layer.codes).sum() for old, layer in zip(before, self._trained_layers(), strict=True)
-        ]
-        return torch.stack(flips).sum() / sum(layer.codes.numel() for layer in self._layers)
+        old = {id(layer): codes for layer, codes in zip(self._trained_layers(), before, strict=True)}
+        return torch.stack([_share(old.get(id(m), m.codes) != m.codes) for m in self._layers])
 
     def _update_or_undo(
         self, params: list[nn.Parameter], grads: list[Tensor], norm: Tensor, nonfinite: Tensor
@@ -320,7 +323,7 @@ class BitNetOptimizer(Optimizer):
         codes = [layer.codes.clone() for layer in layers] if self.measure else []
         self._general_update(params, factor, self.optimizers)
         self._requantize(layers)
-        ratio, flips = self._slow_ratio(params, norm * factor), self._flip_share(codes)
+        ratio, flips = self._slow_ratio(params, norm * factor), self._flip_shares(codes)
         for now, old in zip(changed, before, strict=True):
             now.copy_(torch.where(nonfinite, old, now))
         return ratio, flips
@@ -329,12 +332,15 @@ class BitNetOptimizer(Optimizer):
         """Layers whose latent may move; a frozen one keeps its codes, drawn ones too."""
         return [layer for layer in self._layers if layer.weight.requires_grad]
 
-    def zero_share(self) -> Tensor | None:
-        """Share of zero codes over all ternary layers, () float32; None without any."""
+    def layer_zero_share(self) -> Tensor | None:
+        """Share of zero codes of each ternary layer, (layers,) float32; None without any."""
         if not self._layers:
             return None
-        zeros = torch.stack([(layer.codes == 0).sum() for layer in self._layers]).sum()
-        return zeros / sum(layer.codes.numel() for layer in self._layers)
+        return torch.stack([_share(layer.codes == 0) for layer in self._layers])
+
+    def overall(self, shares: Tensor) -> Tensor:
+        """The share among all codes, (), that shares of each layer's codes, (layers,), make."""
+        return (shares * shares.new_tensor(self._weights)).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """State of the wrapped optimizers, filter averages included, and the step count."""
@@ -381,6 +387,11 @@ def _restore_averages(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             kept = saved["state"].get(index, {}).get(name)
             if kept is not None and kept.dtype != p.dtype:
                 optimizer.state[p][name] = kept.to(p.device, copy=True)
+
+
+def _share(mask: Tensor) -> Tensor:
+    """Share of a mask that is set, () float32; counted in integers, which is exact for any size."""
+    return mask.sum().float() / max(1, mask.numel())
 
 
 def _total_norm(tensors: Sequence[Tensor]) -> Tensor:

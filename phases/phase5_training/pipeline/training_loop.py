@@ -22,7 +22,7 @@ from phase5_training.feed import Feed, length, no_batch
 from phase5_training.gradients import BatchGradient
 from phase5_training.loop_config import LoopConfig
 from phase5_training.loop_state import LoopState
-from phase5_training.meter import Meter, memory_mb, number, optimizer_figures
+from phase5_training.meter import Meter, gpu_share, memory_mb, number, optimizer_figures
 from phase5_training.modes import training_modes
 from phase5_training.outputs import PlainLoss
 from phase5_training.protocols import Batch, Optimizes, Saves, Schedules, StopsEarly, Validates
@@ -363,14 +363,14 @@ class TrainingLoop:
         meter, state = self._meter, self.state
         if not meter.steps or (state.step % self.config.log_interval and not last):
             return
-        report = self.optimizer.report
         figures = meter.read(self._clock())
         row = {
             "step": state.step,
             "epoch": state.epoch,
             "phase": state.phase,
             **figures,
-            **optimizer_figures(report, self.optimizer.zero_share()),
+            **optimizer_figures(self.optimizer),
+            "gpu_share": gpu_share(self.device),
             "memory_mb": memory_mb(self.device),
             "elapsed_s": self._clock(),
         }

@@ -15,7 +15,7 @@ from typing import Any
 from phase5_training.errors import UsageError
 from phase5_training.records import REPORT, RunDirectory, now, write_atomic
 from phase5_training.report import comparison, summary
-from phase5_training.report.charts import Chart, accuracy_against_time, against_time, charts_of
+from phase5_training.report.charts import Chart, accuracy_against_time, against_time, charts_of, layer_charts
 from phase5_training.report.summary import Loaded
 
 __all__ = ["write_report"]
@@ -92,6 +92,8 @@ def render(runs: Sequence[Loaded]) -> str:
         }
 
     charts, absent = charts_of([(run.name, run.rows) for run in runs])
+    if len(runs) == 1:
+        charts += layer_charts(runs[0].rows, runs[0].layer_names)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -108,7 +110,7 @@ def render(runs: Sequence[Loaded]) -> str:
         tiles=summary.tiles(runs[0]) if len(runs) == 1 else [],
         comparison=compared,
         figures=[figure(chart, f"c{index}") for index, chart in enumerate(charts)],
-        absent=[title.lower() for title in absent],
+        absent=[title[:1].lower() + title[1:] for title in absent],
         refresh_s=REFRESH_S if live else 0,
         written=now(),
     )

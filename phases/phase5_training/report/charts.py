@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from phase5_training.report.wording import compact, duration, is_finite, megabytes, number, share
@@ -40,6 +41,8 @@ class Chart:
     phase_legend: bool = False
     notes: list[str] = field(default_factory=list)
     alternative: str = ""  # what the picture shows, in words
+    cells: list[list[float]] = field(default_factory=list)  # a picture of rows and columns, not of lines
+    cells_end: float = 0.0  # x at the right edge of the cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +95,18 @@ PANELS = (
     _Panel(key="flips", title="Codes changed by one step", column="flip_share", show=share),
     _Panel(key="throughput", title="Samples per second", column="samples_per_s", show=compact),
     _Panel(key="data-wait", title="Time spent waiting for data", column="data_wait_share", show=share),
-    _Panel(key="memory", title="Memory in MB", column="memory_mb", show=megabytes),
+    _Panel(key="cpu", title="Use of the processor's cores", column="cpu_share", show=share),
+    _Panel(key="gpu", title="Use of the GPU", column="gpu_share", show=share),
+    _Panel(key="memory", title="Peak memory in MB", column="memory_mb", show=megabytes),
 )
+LAYER_PANELS = (
+    _Panel(key="layer-zeros", title="Zero codes by layer", column="layer_zero_share", show=share),
+    _Panel(
+        key="layer-flips", title="Codes changed by one step, by layer", column="layer_flip_share", show=share
+    ),
+)
+LAYERS_AS_LINES = 6  # more lines than that cannot be told apart
+CELLS_ACROSS = 120
 
 
 def charts_of(runs: Sequence[tuple[str, list[Row]]]) -> tuple[list[Chart], list[str]]:
@@ -124,6 +137,67 @@ def charts_of(runs: Sequence[tuple[str, list[Row]]]) -> tuple[list[Chart], list[
             else:
                 charts.append(chart)
     return charts, absent
+
+
+def layer_charts(rows: Sequence[Row], names: Sequence[str]) -> list[Chart]:
+    """Charts of the figures that rows have for each layer, one line a layer or, of many, one row of cells.
+
+    Args:
+        rows: of metrics.jsonl of one run.
+        names: of the layers, in the order of the rows' lists.
+    """
+    charts = []
+    for panel in LAYER_PANELS:
+        known = [
+            (float(row["step"]), row[panel.column])
+            for row in rows
+            if row.get("kind") == "train"
+            and is_finite(row.get("step"))
+            and _all_finite(row.get(panel.column))
+        ]
+        # A run that was resumed with another model would be another run: all rows have the same layers.
+        known = [(x, y) for x, y in known if len(y) == len(known[-1][1])]
+        if known:
+            charts.append(_layer_chart(panel, known, names))
+    return charts
+
+
+def _layer_chart(panel: _Panel, known: list[tuple[float, list[float]]], names: Sequence[str]) -> Chart:
+    x, layers = [x for x, _ in known], list(zip(*(y for _, y in known), strict=True))
+    labels = [names[i] if i < len(names) else f"layer {i + 1}" for i in range(len(layers))]
+    last = sorted((layer[-1], label) for layer, label in zip(layers, labels, strict=True))
+    notes = [f"lowest at the end: {panel.show(last[0][0])}, {last[0][1]}"]
+    if len(last) > 1:
+        notes.append(f"highest at the end: {panel.show(last[-1][0])}, {last[-1][1]}")
+    few = len(layers) <= LAYERS_AS_LINES
+    cells: list[list[float]] = []
+    series: list[Series] = []
+    if few:
+        for i, layer in enumerate(layers):
+            kept = decimate(x, list(layer), max(40, POINTS_PER_CHART // len(layers)))
+            series.append(Series(label=labels[i], x=kept[0], y=kept[1], color=i))
+    else:
+        columns = min(CELLS_ACROSS, len(x))
+        edges = [len(x) * i // columns for i in range(columns + 1)]
+        cells = [[sum(layer[a:b]) / (b - a) for a, b in pairwise(edges)] for layer in layers]
+        low, high = min(map(min, cells)), max(map(max, cells))
+        notes.append("a row is a layer, the first on top")
+        notes.append(f"from dark, {panel.show(low)}, to bright, {panel.show(high)}")
+    what = "one line a layer" if few else "one row of cells a layer"
+    return Chart(
+        key=panel.key,
+        title=panel.title,
+        series=series,
+        show=panel.show,
+        notes=notes,
+        alternative=f"{panel.title} against optimizer step, {what}. " + ". ".join(notes) + ".",
+        cells=cells,
+        cells_end=x[-1],
+    )
+
+
+def _all_finite(values: Any) -> bool:
+    return isinstance(values, list) and bool(values) and all(map(is_finite, values))
 
 
 def _chart(

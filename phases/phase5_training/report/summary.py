@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phase5_training.follow import is_alive
 from phase5_training.records import METRICS, RunDirectory, plain
 from phase5_training.report.charts import Points, Row, points
 from phase5_training.report.wording import (
@@ -49,6 +50,7 @@ class Loaded:
     config: dict[str, Any]
     result: dict[str, Any]  # empty while there is none
     quarantine: Counter[str] = field(default_factory=Counter)
+    session: Row = field(default_factory=dict)  # the newest session's event
 
     @classmethod
     def read(cls, path: Path) -> Loaded:
@@ -63,11 +65,13 @@ class Loaded:
         ended_at = _mapping(result.get("metrics")).get("steps")
         if is_finite(ended_at) and any(is_finite(row.get("step")) and row["step"] > ended_at for row in rows):
             result = {}  # of an earlier session: the run was resumed and has gone on
+        events = run.read_events()
         return cls(
             run=run,
             name=one_line(run.name),
             rows=rows,
-            events=run.read_events(),
+            events=events,
+            session=next((e for e in reversed(events) if e.get("event") == "session"), {}),
             config=config,
             result=result,
             quarantine=dropped,
@@ -77,6 +81,18 @@ class Loaded:
     def metrics(self) -> dict[str, Any]:
         """The result's final figures, empty while there is no result."""
         return _mapping(self.result.get("metrics"))
+
+    def fact(self, key: str) -> Any:
+        """What the result says of data, machine, layers or model; until there is one, the session's event."""
+        found = self.result.get(key)
+        return found if found is not None else self.session.get(key)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the ternary layers, in the order of the rows' figures."""
+        layers = self.fact("layers")
+        known = [x for x in layers if isinstance(x, dict)] if isinstance(layers, list) else []
+        return [one_line(layer.get("name", "")) for layer in known]
 
     def last(self, kind: str, column: str) -> Any:
         """The newest value of a column, or None."""
@@ -119,7 +135,7 @@ class Loaded:
         """Bits of a trained weight: of the configuration, else of the first layer that has any."""
         found = self.config.get("weight_bits")
         if found is None:
-            layers = self.result.get("layers")
+            layers = self.fact("layers")
             bits = [x.get("bits") for x in layers if isinstance(x, dict)] if isinstance(layers, list) else []
             found = next((b for b in bits if b is not None), None)
         return found
@@ -142,7 +158,7 @@ def weights_worded(bits: Any) -> str:
 
 def headline(run: Loaded) -> str:
     """One paragraph that says what was trained, how it ended and why it stopped."""
-    model = _mapping(run.result.get("model"))
+    model = _mapping(run.fact("model"))
     kind = weights_worded(run.weight_bits)
     article = "An" if kind[:1] in ("8", "a", "e", "i", "o", "u") else "A"
     subject = f"{article} {kind} network" if kind else "A network"
@@ -190,17 +206,19 @@ def status(run: Loaded) -> tuple[str, str]:
             "running",
             "This run has no result yet: it is still going. The figures are those written so far.",
         )
-    return (
-        "stopped",
-        "This run has no result and has written nothing for ten minutes: it was stopped or is held up. "
-        f"Continue it with: forge resume {run.run.path}",
-    )
+    why = "has written nothing for ten minutes: it was stopped or is held up"
+    if is_alive(run.session) is False:
+        why = "its process is gone"
+    return "stopped", f"This run has no result and {why}. Continue it with: forge resume {run.run.path}"
 
 
 def is_live(run: Loaded) -> bool:
-    """Whether a run without a result has written a row in the last ten minutes."""
+    """Whether the process of a run without a result is there; if that is unknown, whether it wrote lately."""
     if run.result:
         return False
+    alive = is_alive(run.session)
+    if alive is not None:
+        return alive
     try:
         age = time.time() - (run.run.path / METRICS).stat().st_mtime
     except OSError:
@@ -210,19 +228,25 @@ def is_live(run: Loaded) -> bool:
 
 def tiles(run: Loaded) -> list[tuple[str, str]]:
     """The handful of figures to see first: (label, figure)."""
-    model = _mapping(run.result.get("model"))
+    model = _mapping(run.fact("model"))
     speeds = sorted(points(run.rows, "train", "step", "samples_per_s")[0][1])
     found = [
         ("Best validation accuracy", share(run.best_accuracy)),
         ("Validation loss", number(run.last("validation", "loss"))),
         ("Bits per byte", number(run.last("validation", "bits_per_byte"))),
         ("Training loss", number(run.last("train", "loss"))),
-        ("Steps", number(run.steps)),
+        ("Steps", _of_all(run)),
         ("Wall time", duration(run.seconds)),
         ("Samples per second", compact(speeds[len(speeds) // 2]) if speeds else MISSING),
         ("Packed model", megabytes(model.get("packed_mb"))),
     ]
     return [(name, figure) for name, figure in found if figure != MISSING]
+
+
+def _of_all(run: Loaded) -> str:
+    total = run.session.get("total_steps")
+    made = number(run.steps)
+    return made if run.result or not is_finite(total) or made == MISSING else f"{made} of {number(total)}"
 
 
 def final_table(run: Loaded) -> Table | None:
@@ -250,7 +274,7 @@ _MACHINE = {
 def machine_table(run: Loaded) -> Table | None:
     """The machine and the versions of what ran on it."""
     rows = []
-    for key, value in _flat(_mapping(run.result.get("machine"))):
+    for key, value in _flat(_mapping(run.fact("machine"))):
         shown = f"{number(value)} GiB" if key == "memory_gb" else text(value)
         # Packages are spelled as they are installed.
         package = key.removeprefix("versions.")
@@ -260,7 +284,7 @@ def machine_table(run: Loaded) -> Table | None:
 
 def data_tables(run: Loaded) -> tuple[Table | None, Table | None]:
     """What the data was, and what of it was left out for which reason."""
-    data = _mapping(run.result.get("data"))
+    data = _mapping(run.fact("data"))
     parts = {name: part for name, part in data.items() if isinstance(part, dict) and _is_part(name)}
     shared = {key: value for key, value in data.items() if key not in parts}
     reasons: list[list[str]] = []
@@ -294,7 +318,7 @@ def data_tables(run: Loaded) -> tuple[Table | None, Table | None]:
 
 def nothing_left_out(run: Loaded) -> bool:
     """Whether the result counts what was dropped and all counts are zero."""
-    data = _mapping(run.result.get("data"))
+    data = _mapping(run.fact("data"))
     parts = [data, *(part for name, part in data.items() if isinstance(part, dict) and _is_part(name))]
     counts = [part[key] for part in parts for key in part if "dropped" in key or "quarantine" in key]
     return bool(counts) and not run.quarantine and not any(counts)
@@ -302,7 +326,7 @@ def nothing_left_out(run: Loaded) -> bool:
 
 def layer_rows(run: Loaded) -> list[dict[str, Any]]:
     """The layer table: name, shape, bits, scale as text, and the share of zeros as text and figure."""
-    layers = run.result.get("layers")
+    layers = run.fact("layers")
     rows = []
     for layer in layers if isinstance(layers, list) else []:
         if not isinstance(layer, dict):
@@ -324,7 +348,7 @@ def layer_rows(run: Loaded) -> list[dict[str, Any]]:
 
 def model_size(run: Loaded) -> dict[str, Any] | None:
     """The model before and after packing: words, and the share of the size that is left."""
-    model = _mapping(run.result.get("model"))
+    model = _mapping(run.fact("model"))
     before, after = model.get("float_mb"), model.get("packed_mb")
     total, ternary = model.get("parameters"), model.get("ternary_parameters")
     if not (is_finite(before) or is_finite(total)):
@@ -349,7 +373,10 @@ def event_table(run: Loaded, limit: int = 200) -> Table | None:
     """The newest events."""
     rows = []
     for event in run.events[-limit:]:
-        rest = {key: value for key, value in event.items() if key not in ("time", "event", "step")}
+        left_out = {"time", "event", "step"}
+        if event.get("event") == "session":  # the rest has tables of its own
+            left_out |= {"data", "machine", "layers", "model"}
+        rest = {key: value for key, value in event.items() if key not in left_out}
         details = ", ".join(f"{key} {text(value)}" for key, value in _flat(rest))
         name = label(one_line(event.get("event", "")))
         rows.append([one_line(event.get("time", "")), number(event.get("step")), name, details])

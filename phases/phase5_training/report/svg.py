@@ -65,7 +65,7 @@ def draw(chart: Chart, prefix: str, *, wide: bool = False) -> str:
         matplotlib.rcParams.update(settings)
         figure = Figure(figsize=(width, height))
         FigureCanvasSVG(figure)
-        axes = figure.add_axes((0.46 / width, 0.36 / height, 1 - 0.58 / width, 1 - 0.44 / height))
+        axes = figure.add_axes((0.52 / width, 0.36 / height, 1 - 0.64 / width, 1 - 0.44 / height))
         _plot(chart, axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -75,6 +75,8 @@ def draw(chart: Chart, prefix: str, *, wide: bool = False) -> str:
 def _plot(chart: Chart, axes: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+    if chart.cells:
+        _plot_cells(chart, axes)
     for name, start, end in chart.phases:
         if name in PHASES:
             axes.axvspan(start, end, color=_PHASE[PHASES.index(name)], alpha=0.16, linewidth=0)
@@ -93,7 +95,9 @@ def _plot(chart: Chart, axes: Axes) -> None:
             markersize=2.6,
             solid_joinstyle="round",
         )
-    if chart.log:
+    if chart.cells:
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    elif chart.log:
         axes.set_yscale("log")
         values = [value for line in chart.series for value in line.y]
         decades = math.log10(max(values) / min(values))
@@ -104,17 +108,25 @@ def _plot(chart: Chart, axes: Axes) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         _pad_flat(chart, axes)
     show = chart.show if chart.show not in (number, megabytes) else compact
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(show, value)))
+    if not chart.cells:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(show, value)))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=chart.x_label != "seconds"))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.set_xlabel(chart.x_label, color=_MUTED, labelpad=2)
     axes.margins(x=0.01)
     axes.set_axisbelow(True)
-    axes.grid(axis="y", color=_GRID, linewidth=0.6)
+    if not chart.cells:
+        axes.grid(axis="y", color=_GRID, linewidth=0.6)
     axes.tick_params(colors=_MUTED, length=0, pad=3)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
+
+
+def _plot_cells(chart: Chart, axes: Axes) -> None:
+    """A row of cells for each layer, the first on top; the colors read on a light and on a dark page."""
+    extent = (0.0, chart.cells_end, len(chart.cells) + 0.5, 0.5)
+    axes.imshow(chart.cells, aspect="auto", interpolation="nearest", cmap="viridis", extent=extent)
 
 
 def _pad_flat(chart: Chart, axes: Axes) -> None:
@@ -152,7 +164,7 @@ def _inline(svg: str, chart: Chart, prefix: str) -> str:
     svg = _COORDINATES.sub(lambda part: _LONG.sub(lambda n: f"{float(n.group()):.1f}", part.group()), svg)
     svg = re.sub(r' transform="rotate\(-0[^"]*"', "", svg)
     svg = svg.replace("xlink:href=", "href=")
-    svg = re.sub(r'\b(id|href)="(#?)([^"]*)"', rf'\1="\2{prefix}-\3"', svg)
+    svg = re.sub(r'\b(id="|href="#)', rf"\1{prefix}-", svg)
     svg = svg.replace("url(#", f"url(#{prefix}-")
     svg = re.sub(r"\s*\n\s*", " ", svg)
     view = re.search(r'viewBox="[^"]*"', svg)

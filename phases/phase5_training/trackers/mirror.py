@@ -56,7 +56,8 @@ def mirror(
             tracker.end()
             tracker, begun, held, seconds = BACKENDS[name](run, project), False, 0, 0.0
         for event in events_of.read()[1]:
-            layers = list(event.get("layers") or layers) if event.get("event") == "session" else layers
+            if event.get("event") == "session":
+                layers = [layer["name"] for layer in event["layers"]]
         if not begun and (rows or over):
             tracker.begin()
             begun = True

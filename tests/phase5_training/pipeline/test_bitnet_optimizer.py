@@ -219,12 +219,28 @@ def test_measured_steps_report_flips_and_the_slow_ratio():
     before = [model[i].codes.clone() for i in (1, 3)]
     backward(model)
     optimizer.step()
-    flips = sum((old != model[i].codes).sum().item() for old, i in zip(before, (1, 3), strict=True)) / 128
-    assert optimizer.report.flip_share.item() == pytest.approx(flips)
+    flips = [(old != model[i].codes).double().mean().item() for old, i in zip(before, (1, 3), strict=True)]
+    assert sum(flips) > 0
+    assert optimizer.report.layer_flip_share.tolist() == pytest.approx(flips)
     # The first average is the first gradient.
     assert optimizer.report.slow_ratio.item() == pytest.approx(1.0, rel=1e-5)
-    zeros = sum((model[i].codes == 0).sum().item() for i in (1, 3)) / 128
-    assert optimizer.zero_share().item() == pytest.approx(zeros)
+    zeros = [(model[i].codes == 0).double().mean().item() for i in (1, 3)]
+    assert optimizer.layer_zero_share().tolist() == pytest.approx(zeros)
+
+
+def test_shares_of_layers_make_the_share_of_all_codes():
+    model = nn.Sequential(BitLinear(8, 4), BitLinear(4, 2), nn.Linear(2, 1))
+    model[1].weight.requires_grad_(False)  # a frozen layer keeps its codes
+    optimizer = BitNetOptimizer(sgd(model, 5.0), model)
+    optimizer.measure = True
+    before = model[0].codes.clone()
+    model(torch.randn(16, 8)).square().sum().backward()
+    optimizer.step()
+    moved = (before != model[0].codes).sum().item()
+    assert optimizer.report.layer_flip_share.tolist() == pytest.approx([moved / 32, 0.0])
+    assert optimizer.report.flip_share.item() == pytest.approx(moved / 40)
+    zeros = sum((model[i].codes == 0).sum().item() for i in (0, 1)) / 40
+    assert optimizer.overall(optimizer.layer_zero_share()).item() == pytest.approx(zeros)
 
 
 def test_release_returns_the_layers_to_following_their_latent():
