@@ -175,6 +175,8 @@ def headline(run: Loaded) -> str:
     if is_finite(run.best_accuracy):
         figures.append(f"best validation accuracy {share(run.best_accuracy)}")
     loss = run.last("validation", "loss")
+    if is_finite(loss) and is_finite(run.metrics.get("final_loss")):
+        loss = run.metrics["final_loss"]  # of the weights that were returned
     if is_finite(loss):
         figures.append(f"{'final' if run.result else 'last'} validation loss {number(loss)}")
     bits = run.last("validation", "bits_per_byte")
