@@ -136,7 +136,11 @@ class TestMistakes:
 
     def test_verbs_and_flags(self, forge):
         refused(forge("trian"), 2, "unknown command 'trian'; did you mean 'train'?")
-        refused(forge("zzz"), 2, "use one of demo, train, resume, evaluate, tune, bench, export, report")
+        refused(
+            forge("zzz"),
+            2,
+            "use one of demo, train, resume, evaluate, inspect-data, tune, bench, export, report",
+        )
         refused(
             forge("train", "--batchsize", "8"), 2, "unknown flag '--batchsize'; did you mean '--batch-size'?"
         )
@@ -179,10 +183,8 @@ class TestMistakes:
 
     def test_data(self, forge, tmp_path):
         refused(forge("train", "--train-data-path", "no.json", *SMALL), 2, "no.json: no such file")
-        (tmp_path / "data.parquet").write_text("x")
-        refused(
-            forge("train", "--train-data-path", "data.parquet", *SMALL), 2, "unknown extension '.parquet'"
-        )
+        (tmp_path / "data.xlsx").write_text("x")
+        refused(forge("train", "--train-data-path", "data.xlsx", *SMALL), 2, "unknown extension '.xlsx'")
         (tmp_path / "empty.json").write_text('{"samples": []}')
         refused(forge("train", "--train-data-path", "empty.json", *SMALL), 2, "empty.json", "empty")
         x, y = np.random.rand(40, 13).astype(np.float32), np.arange(40) % 3

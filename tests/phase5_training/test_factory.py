@@ -453,7 +453,7 @@ class TestResume:
         # A killed process leaves rows past its last checkpoint.
         (runs / "part" / "checkpoints" / "step-00000007").rename(runs / "gone")
         pipeline(net(), *task_files(), experiment_name="part", auto_resume=True, **options).run()
-        timing = {"elapsed_s", "samples_per_s", "data_wait_share", "memory_mb"}
+        timing = {"elapsed_s", "samples_per_s", "data_wait_share", "memory_mb", "cpu_share"}
         for kind in ("train", "validation", "epoch"):
             whole, part = (
                 [{k: v for k, v in row.items() if k not in timing} for row in rows(runs / name, kind)]

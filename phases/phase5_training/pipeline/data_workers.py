@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.connection
 import signal
 import threading
 import time
@@ -91,10 +92,14 @@ def watched(
             except StopIteration:
                 return
             except (RuntimeError, OSError, EOFError) as error:  # also of memory shared by one that died
+                waited = str(error).startswith("DataLoader timed out after")
+                if not waited:
+                    # A connection breaks a moment before the system says who died.
+                    multiprocessing.connection.wait([w.sentinel for w in batches._workers], timeout=1)
                 dead = [w for w in enumerate(batches._workers) if not w[1].is_alive()]
                 if dead:
                     raise DataError(_death(*dead[0], board, locate)) from error
-                if not str(error).startswith("DataLoader timed out after"):
+                if not waited:
                     raise
                 while_waiting()
                 if time.monotonic() - began >= timeout:

@@ -1,8 +1,10 @@
 """Data workers that die or hang: the file and the records are named, and the run that waits can leave."""
 
+import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from torch.utils.data import Dataset, get_worker_info
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.data_loader import DataLoaderFactory
+from phase5_training.pipeline.data_workers import watched
 
 
 class Broken(Dataset):
@@ -71,6 +74,28 @@ def test_the_next_epoch_has_new_workers():
     data._prepared.source.dataset.how = "die"
     data.set_position(0, 3)
     assert next(iter(data))["index"][0].item() == 15
+
+
+def test_a_connection_that_breaks_before_the_worker_is_known_to_be_dead():
+    """A tensor travels by a socket, and that is reset a moment before the process is gone."""
+    worker = multiprocessing.get_context("fork").Process(target=lambda: (time.sleep(0.3), os._exit(9)))
+    worker.start()
+
+    class Broken:
+        _workers = (worker,)
+
+        def __next__(self):
+            raise ConnectionResetError(104, "Connection reset by peer")
+
+    board = SimpleNamespace(reading=lambda number: [7])
+    batches = watched(
+        Broken(), board, timeout=5, locate=lambda record: ("a.json", record), while_waiting=lambda: None
+    )
+    with pytest.raises(
+        DataError, match=r"data worker 0 died \(exit code 9\) while it read record 7 of a\.json"
+    ):
+        next(batches)
+    worker.join()
 
 
 def test_who_waits_can_leave():
