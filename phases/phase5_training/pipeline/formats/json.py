@@ -18,6 +18,7 @@ import orjson
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, concat
 from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, chunks_of, load
+from phase5_training.pipeline.formats.json_checks import fault_of
 from phase5_training.pipeline.formats.json_records import (
     Finder,
     Found,
@@ -36,6 +37,7 @@ TEXT_GROWTH = 4  # a digit and a comma become eight bytes at most
 MAX_GAP = 4096  # bytes between two records that are read over rather than sought over
 FIRST = 64  # records that fix the form of the others
 READ_BYTES = 8 << 20
+MAX_LOST = 500_000  # unreadable records, each of which is kept with its reason
 
 
 def open_json(path: Path, options: ReadOptions) -> Source:
@@ -46,9 +48,9 @@ def open_json(path: Path, options: ReadOptions) -> Source:
     """
     size = path.stat().st_size
     if size <= WHOLE_BYTES and options.loads(size):
-        source = source_from_object(_parse(path), "json", str(path))
-        if not any(holds_huge_floats(chunk) for chunk in source.iterate()):
-            return source
+        whole = _whole(path)
+        if whole is not None:
+            return whole
     try:
         return _open(path, "json", ListFinder(path), options)
     except NoListError:
@@ -79,12 +81,29 @@ def _open(path: Path, format: str, finder: Finder, options: ReadOptions) -> Sour
     return ArraySource.from_columns(format, [str(path)], concat(chunks))
 
 
-def _parse(path: Path) -> Any:
+def _whole(path: Path) -> Source | None:
+    """A file as one document; None where its records have to be looked at one by one."""
     raw = path.read_bytes()
     if not raw.strip():
         raise DataError(f'{path}: the file is empty; wanted {{"samples": [...]}} or a list of records')
     try:
-        return orjson.loads(raw)
+        data = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        return None
+    if fault_of(raw, data) is not None:
+        return None
+    source = source_from_object(data, "json", str(path))
+    return None if any(holds_huge_floats(chunk) for chunk in source.iterate()) else source
+
+
+def _parse(path: Path) -> Any:
+    raw = path.read_bytes()
+    try:
+        data = orjson.loads(raw)
+        fault = fault_of(raw, data)
+        if fault is not None:
+            raise DataError(f"{path}: {fault}")
+        return data
     except orjson.JSONDecodeError as error:
         hint = ""
         if error.lineno > 1 and _is_object(raw.split(b"\n", 1)[0]):
@@ -178,20 +197,28 @@ class JsonRecords:
                 near = index.spans(np.arange(start, min(start + CHUNK_ROWS, index.count)))
                 fitting = int(np.searchsorted(near[:, 1], near[0, 0] + READ_BYTES, side="right"))
                 stop = start + max(fitting, 1)
-                yield self._read(np.arange(start, stop))
+                columns = self._read(np.arange(start, stop))
+                columns.bad |= index.bad_between(start, stop)
+                yield columns
                 start = stop
 
     def _walk(self) -> Iterator[Columns]:
         """Read the file from its beginning, and keep what was found."""
         writer = IndexWriter(self.path, self.format, self._with_rows) if self._keep else None
         self._parser = RecordParser()
-        count = 0
+        count = lost = 0
         try:
             with self.path.open("rb", buffering=0) as file:
                 for whole in self._finder(file):
                     for found in cut(whole, CHUNK_ROWS):
                         columns = self._parser(found, range(count, count + len(found.starts)))
                         count += len(found.starts)
+                        lost += len(columns.bad)
+                        if lost > MAX_LOST:
+                            reason = next(iter(columns.bad.values()))
+                            raise DataError(
+                                f"{self.path}: {lost} records cannot be read; one of them {reason}"
+                            )
                         if writer is not None:
                             spans = np.stack([found.starts, found.stops], 1) + found.base
                             writer.add(spans, columns)

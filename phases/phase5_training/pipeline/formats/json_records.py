@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -17,10 +17,10 @@ import orjson
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats import native
+from phase5_training.pipeline.formats.json_checks import fault_of
 
 BLOCK_BYTES = 4 << 20  # read at a time
 MAX_RECORD = 64 << 20  # bytes of one record
-MAX_DEPTH = 64  # levels of nesting within a record
 MAX_AROUND = 1 << 20  # bytes before and after the list of records
 
 _STEP = np.zeros(256, np.int8)
@@ -37,7 +37,8 @@ class Found:
     """Records in a stretch of text: number i is ``text[starts[i]:stops[i]]``.
 
     ``base`` is the offset of the text in its file; ``offsets`` are those of the records where they do not
-    follow each other. ``lines`` are the numbers of their lines where lines are counted.
+    follow each other. ``lines`` are the numbers of their lines where lines are counted. ``faults`` says
+    which of them are no records, and why.
     """
 
     base: int
@@ -46,6 +47,7 @@ class Found:
     stops: np.ndarray
     lines: np.ndarray | None = None
     offsets: np.ndarray | None = None
+    faults: dict[int, str] = field(default_factory=dict)
 
 
 class NoListError(DataError):
@@ -141,15 +143,13 @@ class ListFinder:
         """Walk through a file from its beginning.
 
         Raises:
-            DataError: no list of records, something between records that is neither blank nor comma, a
-                record too deep or too long, or a text that ends within the list.
+            DataError: no list of records, something between records that is neither blank nor comma, or a
+                record too long.
         """
         head, at = self._head(file)
         text, base, first = head[at:], at, True
         while True:
-            starts, stops, end, depth = find_in_list(text)
-            if depth > MAX_DEPTH:
-                raise DataError(f"{self.path}: nested deeper than {MAX_DEPTH} levels; no array needs that")
+            starts, stops, end, _ = find_in_list(text)
             wrong = between_is_sound(text, starts, stops, first)
             if wrong >= 0:
                 raise DataError(
@@ -172,8 +172,10 @@ class ListFinder:
                 raise DataError(f"{self.path} byte {base + used}: a record of more than {MAX_RECORD} bytes")
             block = file.read(BLOCK_BYTES)
             if not block:
-                where = f"{self.path} near byte {base + len(text)}"
-                raise DataError(f"{where}: not valid JSON (the file ends within the list of records)")
+                at = len(text) - len(text[used:].lstrip(_SPACE + b","))
+                fault = "is cut off: the file ends within the list of records"
+                yield Found(base, text, np.array([at]), np.array([len(text)]), faults={0: fault})
+                return
             text, base = text[used:] + block, base + used
 
     def _head(self, file: IO[bytes]) -> tuple[bytes, int]:
@@ -200,7 +202,9 @@ class ListFinder:
         if file.read(1):
             raise DataError(f"{self.path}: more than {MAX_AROUND} bytes follow the list of records")
         try:
-            orjson.loads(before + after)
+            fault = fault_of(before + after, orjson.loads(before + after))
+            if fault is not None:
+                raise DataError(f"{self.path}: {fault}, around the list of records")
         except orjson.JSONDecodeError as error:
             reason = error.msg.split(":")[0]
             raise DataError(f"{self.path}: not valid JSON around the list of records ({reason})") from error
@@ -238,11 +242,7 @@ class LineFinder:
         self.path = path
 
     def __call__(self, file: IO[bytes]) -> Iterator[Found]:
-        """Walk through a file from its beginning.
-
-        Raises:
-            DataError: a line too long.
-        """
+        """Walk through a file from its beginning."""
         text, base, line = b"", 0, 1
         while True:
             block = file.read(BLOCK_BYTES)
@@ -264,7 +264,21 @@ class LineFinder:
             used = int(ends[-1]) + 1 if len(ends) else 0
             text, base, line = text[used:], base + used, line + len(ends)
             if len(text) > MAX_RECORD:
-                raise DataError(f"{self.path} line {line}: longer than {MAX_RECORD} bytes")
+                length, rest = _pass_over_line(file, len(text))
+                fault = f"is {length / 1e6:.0f} MB long; a record has at most {MAX_RECORD / 1e6:.0f}"
+                nothing = np.zeros(1, np.int64)
+                yield Found(base, b"", nothing, nothing, np.array([line]), faults={0: fault})
+                text, base, line = rest, base + length + 1, line + 1
+
+
+def _pass_over_line(file: IO[bytes], length: int) -> tuple[int, bytes]:
+    """The length of a line of which so many bytes are read, and what was read beyond its end."""
+    while block := file.read(BLOCK_BYTES):
+        end = block.find(b"\n")
+        if end >= 0:
+            return length + end, block[end + 1 :]
+        length += len(block)
+    return length, b""
 
 
 Finder = Callable[[IO[bytes]], Iterator[Found]]
@@ -275,4 +289,5 @@ def cut(found: Found, rows: int) -> Iterator[Found]:
     for start in range(0, len(found.starts), rows):
         part = slice(start, start + rows)
         lines = None if found.lines is None else found.lines[part]
-        yield Found(found.base, found.text, found.starts[part], found.stops[part], lines)
+        faults = {i - start: fault for i, fault in found.faults.items() if start <= i < start + rows}
+        yield Found(found.base, found.text, found.starts[part], found.stops[part], lines, faults=faults)

@@ -13,6 +13,7 @@ import orjson
 
 from phase5_training.pipeline.formats import native
 from phase5_training.pipeline.formats.columns import Columns
+from phase5_training.pipeline.formats.json_checks import fault_of
 from phase5_training.pipeline.formats.json_records import Found
 from phase5_training.pipeline.formats.record_columns import RecordColumns
 
@@ -69,7 +70,7 @@ class RecordParser:
 
     def __call__(self, found: Found, index: Sequence[int]) -> Columns:
         """The records found, whose positions in the source are ``index``."""
-        columns = self._natively(found, index) if self._fields else None
+        columns = self._natively(found, index) if self._fields and not found.faults else None
         if columns is None:
             columns = self._by_orjson(found, index)
             if holds_huge_floats(columns):
@@ -78,26 +79,28 @@ class RecordParser:
         return columns
 
     def _by_orjson(self, found: Found, index: Sequence[int], refused: Collection[int] = ()) -> Columns:
-        text, spans = found.text, list(zip(found.starts.tolist(), found.stops.tolist(), strict=True))
-        try:
-            if not refused:
-                return self._convert([orjson.loads(text[a:b]) for a, b in spans], index)
-        except orjson.JSONDecodeError:
-            pass  # one of them: find out which
         records: list[Any] = []
         kept: list[int] = []
-        bad = {int(index[i]): "holds an integer beyond 64 signed bits" for i in refused}
-        for i, (a, b) in enumerate(spans):
-            if i in refused:
-                continue
-            try:
-                records.append(orjson.loads(text[a:b]))
+        bad: dict[int, str] = {}
+        for i, (a, b) in enumerate(zip(found.starts.tolist(), found.stops.tolist(), strict=True)):
+            fault = found.faults.get(i) or (
+                "holds an integer beyond 64 signed bits" if i in refused else None
+            )
+            if fault is None:
+                line = found.text[a:b]
+                try:
+                    record = orjson.loads(line)
+                    fault = fault_of(line, record)
+                except orjson.JSONDecodeError as error:
+                    fault = f"is not valid JSON: {error.msg.split(':')[0]}"
+            if fault is None:
+                records.append(record)
                 kept.append(index[i])
-            except orjson.JSONDecodeError as error:
-                where = f"byte {found.base + a if found.offsets is None else found.offsets[i]}"
-                if found.lines is not None:
-                    where = f"line {found.lines[i]}, {where}"
-                bad[int(index[i])] = f"({where}) is not valid JSON: {error.msg.split(':')[0]}"
+                continue
+            where = f"byte {found.base + a if found.offsets is None else found.offsets[i]}"
+            if found.lines is not None:
+                where = f"line {found.lines[i]}, {where}"
+            bad[int(index[i])] = f"({where}) {fault}"
         columns = self._convert(records, kept)
         columns.bad |= bad
         return columns
