@@ -850,4 +850,4 @@ JSON = [
     Case("json of a million-digit number", raw(b"1" * 10**6, "a.json"), "wanted|a number of"),
 ]
 
-CASES = [*PICKLE, *HDF5, *ARRAYS, *PLACES]
+CASES = [*PICKLE, *HDF5, *ARRAYS, *PLACES, *JSON]

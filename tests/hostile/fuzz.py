@@ -9,6 +9,7 @@ changes and shrinks a file that fails.
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -204,16 +205,17 @@ def fuzz(ending: str, seconds: float, folder: Path, *, derandomize: bool = False
     @settings(max_examples=50, deadline=None, database=None, derandomize=derandomize,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     def one(seed: bytes, made: list[Change], options: dict[str, Any]) -> None:
-        path = folder / f"a{ending}"
         for change in made:
             seed = change(seed)
-        for old in folder.iterdir():
-            old.unlink()
+        place = folder / "data"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        path = place / f"a{ending}"
         path.write_bytes(seed)
         if ending in COMPANIONS:
             name, content = COMPANIONS[ending]
-            (folder / name).write_bytes(content)
-        found = run(lambda: read_both(path, options), folder, memory=2 << 30, seconds=5)
+            (place / name).write_bytes(content)
+        found = run(lambda: read_both(path, options), place, memory=2 << 30, seconds=5)
         said = found.value if found.ended == "returned" else f"{found.ended} {found.error} {found.message}"
         assert said in ("refused", "kept", "left out some"), f"{path} {options}: {said}\n{found.trace}"
         assert not found.forbidden, found.forbidden

@@ -99,15 +99,16 @@ def test_blank_lines_count_for_line_numbers_only(tmp_path):
     [
         ("", "the file is empty"),
         ("  \n", "the file is empty"),
-        ('{"samples": [{"input": 1}', "line 1 column 2.: not valid JSON"),
-        ('{"samples": [\n{"input": 1},\n{"input" 2}]}', "line 3 column 1.: not valid JSON"),
+        ('{"samples": [{"input": 1} 2]}', "byte 25: not valid JSON"),
+        ('{"input": [1}', "line 1 column 13: not valid JSON"),
+        ('{"input": [1], "input": [2]}', "has the key 'input' twice"),
+        ('{"samples": [{"input": 1}], "samples": []}', "has the key 'samples' twice"),
         ('{"input": [1]}\n{"input": [2]}', r"the first line is a record by itself: name the file .jsonl"),
         ('{"sample": []}', r"has no 'samples' list \(its keys: 'sample'\)"),
         ('{"samples": []}', "the data set is empty"),
         ("[]", "the data set is empty"),
         ('{"samples": 3}', "holds int; wanted a list of records"),
         ('"text"', "holds str; wanted a list of records"),
-        ('{"samples": [{"input": [NaN]}]}', "not valid JSON"),
     ],
 )
 def test_broken_files(tmp_path, text, message):
@@ -121,7 +122,6 @@ def test_broken_files(tmp_path, text, message):
     [
         ("", "the file is empty"),
         ('"text"', "begins with"),
-        ('{"samples": [{"input": [1], "target": 0}, {"input"', "near byte 50: not valid JSON"),
         ('{"samples": [{"input": [1]} {"input": [2]}]}', "byte 27: not valid JSON .* wanted one comma"),
         ('{"samples": [{"input": [1]},, {"input": [2]}]}', "byte 27: not valid JSON .* wanted one comma"),
         ('{"samples": [,{"input": [1]}]}', "byte 13: not valid JSON .* wanted one comma"),
@@ -260,13 +260,63 @@ def test_blocks_of_any_size_find_the_same_records(finder, records, block, spaced
     assert [text[a : a + len(p)] for a, p in zip(offsets, parts, strict=True)] == parts
 
 
-def test_depth_bombs_end_at_once(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"samples": [{"input": ' + "[" * 10**6)
-    with pytest.raises(DataError, match="nested deeper than 64 levels"):
-        read(path, ReadOptions(streaming=True))
-    with pytest.raises(DataError, match="not valid JSON"):
-        read(path)
+GOOD = '{"input": [1], "target": 0}'
+
+
+@pytest.mark.parametrize("options", [ReadOptions(), ReadOptions(streaming=True)], ids=["loaded", "streamed"])
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("a.json", f'{{"samples": [{GOOD}, {{"input"', "(byte 42) is cut off: the file ends within"),
+        ("a.json", f"[{GOOD}", "(byte 28) is cut off"),
+        ("a.json", f'[{GOOD}, {{"input" 2}}]', "(byte 30) is not valid JSON"),
+        ("a.json", f'[{GOOD}, {{"input": [NaN]}}]', "(byte 30) is not valid JSON"),
+        ("a.json", f"[{GOOD}, " + "[" * 10**6, "(byte 30) is cut off"),
+        (
+            "a.json",
+            f"[{GOOD}, " + "[" * 10**6 + "]" * 10**6 + "]",
+            "(byte 30) is not valid JSON: depth limit",
+        ),
+        ("a.json", f"[{GOOD}, " + "[" * 65 + "]" * 65 + "]", "(byte 30) is nested deeper than 64 levels"),
+        ("a.jsonl", f"{GOOD}\n" + "[" * 65 + "]" * 65, "(line 2, byte 28) is nested deeper than 64 levels"),
+        (
+            "a.jsonl",
+            f'{GOOD}\n{{"input": [2], "input": [2]}}\n',
+            "(line 2, byte 28) has the key 'input' twice",
+        ),
+        ("a.jsonl", f"{GOOD}\n{GOOD[:9]}", "(line 2, byte 28) is not valid JSON"),
+    ],
+)
+def test_a_bad_record_is_told_with_its_place(tmp_path, options, name, text, reason):
+    (tmp_path / name).write_text(text)
+    for again in range(2):  # from the text, and from the index of it
+        source = open_source(tmp_path / name, options)
+        (bad,) = [chunk.bad for chunk in source.iterate() if chunk.bad]
+        assert list(bad) == [1], again
+        assert bad[1].startswith(reason), (again, bad)
+        assert np.asarray(source.gather(np.array([0])).input).tolist() == [[1]]
+
+
+def test_a_line_too_long_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "MAX_RECORD", 1000)
+    monkeypatch.setattr(json_records, "BLOCK_BYTES", 100)
+    for tail in (f"\n{GOOD}\n{GOOD}", ""):
+        long = '{"input": [' + "1, " * 2000 + "1]}"
+        (tmp_path / "a.jsonl").write_text(f"{GOOD}\n{long}{tail}")
+        source = open_source(tmp_path / "a.jsonl", ReadOptions(streaming=True))
+        assert len(source) == (4 if tail else 2)
+        bad = {k: v for chunk in source.iterate() for k, v in chunk.bad.items()}
+        assert list(bad) == [1]
+        assert bad[1].startswith("(line 2, byte 28) is 0 MB long; a record has at most")
+        if tail:
+            assert source.gather(np.array([3, 2])).index.tolist() == [3, 2]
+
+
+def test_too_many_bad_records_are_not_collected(tmp_path, monkeypatch):
+    monkeypatch.setitem(open_source.__globals__["open_json_lines"].__globals__, "MAX_LOST", 50)
+    (tmp_path / "a.jsonl").write_text(GOOD + "\n{" * 60)
+    with pytest.raises(DataError, match=r"59 records cannot be read; one of them \(line 2, byte 28\)"):
+        open_source(tmp_path / "a.jsonl")
 
 
 def test_columns_of_json(tmp_path):
