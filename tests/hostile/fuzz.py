@@ -96,6 +96,7 @@ COMPANIONS = {
     ".npy": ("a_targets.npy", by_file(lambda p: np.save(p, Y), ".npy")),
     ".bin": ("a.bin.json", b'{"dtype": "uint16", "vocab_size": 70000}'),
 }
+STREAMS = (".bin", ".txt")
 EXTREMES = [0, 1, 0x7F, 0xFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 40, (1 << 63) - 1, (1 << 64) - 1]
 WORDS = [
     b"[", b"]", b"{", b"}", b'"', b"\\", b",", b":", b"\n", b"-", b"e9", b"1e999", b".", b"NaN", b"null",
@@ -150,7 +151,8 @@ def read_both(path: Path, options: Mapping[str, Any]) -> str:
     ending = path.suffix
     config = DataConfig(
         invalid_records="drop", max_dropped_share=1.0, shuffle=False,
-        max_length=BLOCK if ending in (".bin", ".txt") else None, **options,
+        max_length=BLOCK if ending in STREAMS else None,
+        task=None if ending in STREAMS else "classification", **options,
     )  # fmt: skip
     dropped: list[dict] = []
     try:

@@ -7,6 +7,7 @@ reader would take.
 import io
 import json
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,41 @@ def as_record(value: Any) -> tuple[Any, Any] | None:
     return (found[0][0], found[1][0] if found[1] else None) if len(found[0]) == 1 else None
 
 
+def parts_of_list(text: str) -> list[str]:
+    """The records of a JSON list in a damaged text, sign by sign; the last may be cut off."""
+    start = text.index("[")
+    assert text[:start].strip(" \t\r\n") == "" or re.fullmatch(r'\s*{\s*"samples"\s*:\s*', text[:start])
+    parts, depth, quoted, escaped, begin = [], 0, False, False, start + 1
+    for at in range(start + 1, len(text)):
+        sign = text[at]
+        if quoted:
+            quoted, escaped = escaped or sign != '"', not escaped and sign == "\\"
+        elif sign == '"':
+            quoted = True
+        elif sign in "[{":
+            begin, depth = (at if depth == 0 else begin), depth + 1
+        elif sign in "]}":
+            depth -= 1
+            if depth < 0:
+                return parts
+            if depth == 0:
+                parts.append(text[begin : at + 1])
+    return [*parts, text[begin:] if depth else ""]
+
+
+def as_record_of(part: str) -> tuple[Any, Any] | None:
+    try:
+        return as_record(strict(part.encode("latin-1")))
+    except (ValueError, RecursionError):
+        return None
+
+
 def read_json(path: Path) -> Records:
-    value = strict(path.read_bytes())
+    text = path.read_bytes()
+    try:
+        value = strict(text)
+    except (ValueError, RecursionError):
+        return [as_record_of(part) for part in parts_of_list(text.decode("latin-1"))]
     if isinstance(value, Mapping):
         if "samples" not in value:
             return columns(value)
@@ -57,8 +91,8 @@ def read_json(path: Path) -> Records:
 def read_json_lines(path: Path) -> Records:
     records: Records = []
     for line in path.read_bytes().split(b"\n"):
-        if not line.strip():
-            continue
+        if not line.strip() and len(line) < 16:
+            continue  # longer ones are no blank lines but records that cannot be read
         try:
             records.append(as_record(strict(line)))
         except (ValueError, RecursionError):

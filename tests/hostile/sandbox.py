@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from phase5_training.pipeline.formats import native
+
 FORBIDDEN = (
     "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "ftplib.", "urllib.", "webbrowser.", "pty.",
 )  # fmt: skip
@@ -48,6 +50,7 @@ def run(work: Callable[[], Any], folder: Path, *, memory: int = 3 << 30, seconds
         memory: bytes of address space beyond what the process has now.
         seconds: processor seconds.
     """
+    native.library()  # compiled on first use, by a program
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:

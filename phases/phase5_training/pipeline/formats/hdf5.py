@@ -17,7 +17,7 @@ import numpy as np
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, Targets, Values
-from phase5_training.pipeline.formats.hdf5_chunks import check_chunks, check_filters
+from phase5_training.pipeline.formats.hdf5_chunks import check_chunks, check_filters, damage_told
 from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
 from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
 from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source, check_width
@@ -60,7 +60,7 @@ class Hdf5Source:
         except OSError as error:
             reason = str(error).split("(")[0].strip()
             raise DataError(f"{path}: cannot be opened as HDF5 ({reason})") from error
-        with file:
+        with damage_told(path), file:
             self.names, group = self._named(file, inputs, targets) if inputs else self._find(file)
             rows = {name: self._check(file, name, where) for name, where in self.names.items()}
             self._length = rows["inputs"]
@@ -209,7 +209,8 @@ class Hdf5Source:
 
     def read_all(self, name: str) -> np.ndarray:
         """One column, whole; strings as Python objects."""
-        return _read(self._data(name), slice(None))
+        with damage_told(self.path):
+            return _read(self._data(name), slice(None))
 
     def _gather(self, name: str, indices: np.ndarray) -> Values:
         """Rows in any order: touched chunks are read once each, in file order."""
@@ -226,7 +227,8 @@ class Hdf5Source:
         return values.tolist() if values.dtype.kind == "O" else values
 
     def _columns(self, indices: np.ndarray) -> Columns:
-        columns = {name: self._gather(name, indices) for name in self.names}
+        with damage_told(self.path):
+            columns = {name: self._gather(name, indices) for name in self.names}
         named = {k[8:]: v for k, v in columns.items() if k.startswith("targets.")}
         target: Targets = named or columns.get("targets")
         quality = columns.get("quality")

@@ -1,16 +1,19 @@
-"""Whether the chunks of an HDF5 data set can be decompressed in bounded memory.
+"""Whether the chunks of an HDF5 data set can be decompressed in bounded memory, and what damage is called.
 
 The library inflates a chunk until it ends, whatever size the data set declares for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import h5py
 
-from phase5_training.errors import DataError
+from phase5_training.errors import DataError, first_line
 
 # Filters inside the HDF5 library itself; any other is code from a plug-in folder.
 FILTERS = {1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset", 32000: "lzf"}
@@ -19,6 +22,17 @@ MAX_CHUNK = 256 << 20  # bytes
 # A byte of deflate stands for 1032 at most, one of LZF for 88: smaller chunks need no look.
 _TRUSTED = {_GZIP: MAX_CHUNK // 1032, _LZF: MAX_CHUNK // 88}
 _STEP = 1 << 20
+
+
+@contextlib.contextmanager
+def damage_told(path: Path) -> Iterator[None]:
+    """Says in one line what the library finds wrong in a file; it reports damage by errors of many types."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: the HDF5 file is damaged ({first_line(error)})") from error
 
 
 def check_filters(where: str, data: h5py.Dataset) -> None:
