@@ -743,15 +743,19 @@ RECORDS: list[tuple[str, Callable[[], bytes], str, str]] = [
         "nested deeper than 64",
         "unreadable",
     ),
-    ("nested 100 deep", lambda: record(b"[" * 100 + b"]" * 100), "nested deeper than 64", "unreadable"),
+    (
+        "nested 100 deep",
+        lambda: record(b"[" * 100 + b"]" * 100),
+        "nested deeper than 64|depth limit",
+        "unreadable",
+    ),
     (
         "deep and never closed",
         lambda: b'{"input": ' + b"[" * 10**6,
         "nested deeper|not valid JSON",
         "unreadable",
     ),
-    ("a number of a million digits", lambda: record(b"1" * 10**6), "a number of", "unreadable"),
-    ("a fraction of a million digits", lambda: record(b"0." + b"1" * 10**6), "a number of", "unreadable"),
+    ("a number of a million digits", lambda: record(b"1" * 10**6), "not valid JSON", "unreadable"),
     ("an integer of 20 digits", lambda: record(b"1" * 20), "an integer beyond 64", "unreadable"),
     ("a number beyond floats", lambda: record(b"1e999"), "NaN or infinity|not valid", "nonfinite|unreadable"),
     ("a number beyond float32", lambda: record(b"1e39"), "NaN or infinity", "nonfinite"),
@@ -795,22 +799,21 @@ RECORDS: list[tuple[str, Callable[[], bytes], str, str]] = [
         "not valid",
         "unreadable",
     ),
-    ("cut in the middle", lambda: GOOD[:20], "not valid JSON", "unreadable"),
+    ("cut in the middle", lambda: GOOD[:20], "not valid JSON|cut off", "unreadable"),
     ("two records in one place", lambda: GOOD + GOOD, "not valid JSON", "unreadable"),
     ("a comment", lambda: b"// " + GOOD, "not valid JSON", "unreadable"),
     (
-        "a text of 20 MB",
-        lambda: b'{"input": [1.0, 2.0], "target": 1, "n": "' + b"a" * 20_000_000 + b'"}',
-        "text of",
-        "unr",
+        "a record of 80 MB",
+        lambda: record(b"1.0," * 20_000_000 + b"1.0"),
+        "is 80 MB long|a record of more than",
+        "unreadable",
     ),
-    ("a record of 80 MB", lambda: record(b"1.0," * 20_000_000 + b"1.0"), "is 80 MB long", "unreadable"),
     ("another shape", lambda: record(b"1.0, 1.0"), "shape", "shape"),
     ("a table for a row", lambda: record(b"[1.0], [1.0]"), "lists of different|shape", "unreadable|shape"),
     ("text among numbers", lambda: record(b'"1"'), "text among numbers", "unreadable"),
     ("null among numbers", lambda: record(b"null"), "null", "unreadable"),
     ("a label below 0", lambda: record(b"1.0", b"-7"), "number the classes from 0", "label"),
-    ("a label of 10^15", lambda: record(b"1.0", b"1000000000000000"), "label", "label"),
+    ("a label of 10^15", lambda: record(b"1.0", b"1000000000000000"), "more than 1048576 classes", "label"),
     ("no input", lambda: b'{"target": 1}', "has no 'input'", "unreadable"),
     ("no record", lambda: b"7", "not an object", "unreadable"),
     ("a key of 1 MB", lambda: b'{"' + b"k" * 10**6 + b'": 1}', "has no 'input'", "unreadable"),
@@ -821,33 +824,38 @@ RECORDS: list[tuple[str, Callable[[], bytes], str, str]] = [
         "unreadable",
     ),
 ]
+# In a list these leave no place where the next record certainly begins, so the file is refused.
+BREAKS_THE_LIST = {"two records in one place", "a comment", "no record", "a record of 80 MB"}
 
 JSON = [
     *(
         Case(f"json lines with {name}", lines(text), said, {1: reason})
         for name, text, said, reason in RECORDS
     ),
-    *(Case(f"json with {name}", array(text), said) for name, text, said, _ in RECORDS),
+    *(
+        Case(f"json with {name}", array(text), said, None if name in BREAKS_THE_LIST else {1: reason})
+        for name, text, said, reason in RECORDS
+    ),
     Case(
         "json lines cut in the last record",
         lines(lambda: GOOD, end=b"\n" + GOOD[:20]),
-        "byte 70",
+        "byte 105",
         {3: "unreadable"},
     ),
     Case(
         "json lines in UTF-16", raw(("\n".join([GOOD.decode()] * 3)).encode("utf-16"), "a.jsonl"), "not valid"
     ),
     Case("json lines of NULs", raw(bytes(10**6), "a.jsonl"), "not valid JSON"),
-    Case("json lines of blank lines", raw(b"\n" * 10**6, "a.jsonl"), "only blank lines"),
+    Case("json lines of blank lines", raw(b"\n" * 10**6, "a.jsonl"), "no records"),
     Case("json lines that are all bad", raw(b"{\n" * 10**6, "a.jsonl"), "not valid JSON"),
     Case(
         "json cut in the middle", raw(b'{"samples": [' + GOOD + b", " + GOOD[:20], "a.json"), "not valid JSON"
     ),
-    Case("json of brackets", raw(b"[" * 10**6, "a.json"), "nested deeper|not valid JSON"),
-    Case("json of open objects", raw(b'{"samples":' * 10**5, "a.json"), "nested deeper|not valid JSON"),
+    Case("json of brackets", raw(b"[" * 10**6, "a.json"), "cut off|not valid JSON"),
+    Case("json of open objects", raw(b'{"samples":' * 10**5, "a.json"), "cut off|not valid JSON"),
     Case("json of blanks", raw(lambda: b" " * 10**7, "a.json"), "empty|no records"),
     Case("json with samples twice", raw(b'{"samples": [' + GOOD + b'], "samples": []}', "a.json"), "twice"),
-    Case("json of a million-digit number", raw(b"1" * 10**6, "a.json"), "wanted|a number of"),
+    Case("json of a million-digit number", raw(b"1" * 10**6, "a.json"), "wanted|not valid JSON"),
 ]
 
 CASES = [*PICKLE, *HDF5, *ARRAYS, *PLACES, *JSON]

@@ -56,3 +56,23 @@ def test_hostile_file(case: Case, tmp_path: Path) -> None:
             pytest.fail(f"{mode}: {found.message} | wanted {case.refused}")
         assert len(found.message) < 1000
         assert "\n" not in found.message
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.dropped is not None], ids=lambda case: case.name)
+def test_bad_record_is_left_out(case: Case, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    where = case.write(folder)
+    for mode, options in MODES.items():
+        drop = {"invalid_records": "drop", "max_dropped_share": 1.0}
+        found = outcome_of(where, folder, {**case.options, **options, **drop})
+        if found.ended != "returned":
+            pytest.fail(f"{mode}: {found.error} {found.message[:200]}\n{found.trace}")
+        assert case.dropped is not None
+        for record in found.value["dropped"]:
+            assert re.fullmatch(case.dropped[record["index"]], record["reason"]), record
+            assert Path(record["file"]) == where
+            assert len(record["detail"]) < 400
+        assert {record["index"] for record in found.value["dropped"]} == set(case.dropped), mode
+        assert 0 in found.value["rows"]
+        assert all(row.tolist()[0] == 1.0 for row in found.value["rows"].values())
