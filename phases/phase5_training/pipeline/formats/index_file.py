@@ -130,7 +130,8 @@ class RecordIndex:
 
 def _columns(rows: np.ndarray, index: np.ndarray) -> Columns:
     names = rows.dtype.names or ()
-    fields = {name: np.ascontiguousarray(rows[name]) for name in names}
+    # Copied even where numpy calls it contiguous: of a single row it keeps strides that torch refuses.
+    fields = {name: rows[name].copy() for name in names}
     named = {name.removeprefix("target."): fields[name] for name in names if name.startswith("target.")}
     target: Any = named or fields.get("target")
     return Columns(np.asarray(index, np.int64), fields["input"], target, fields.get("quality"))

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -310,6 +311,15 @@ def test_a_line_too_long_is_passed_over(tmp_path, monkeypatch):
         assert bad[1].startswith("(line 2, byte 28) is 0 MB long; a record has at most")
         if tail:
             assert source.gather(np.array([3, 2])).index.tolist() == [3, 2]
+
+
+def test_a_single_row_of_an_index_becomes_a_tensor(tmp_path):
+    """Its strides are those of the whole row unless it is copied, and torch takes none such."""
+    write(tmp_path / "a.jsonl", [{"input": [i / 2, 1.0], "target": i} for i in range(3)])
+    source = open_source(tmp_path / "a.jsonl", ReadOptions(memory_limit=0))
+    assert len(source) == 3
+    assert source.access == "mapped"
+    assert torch.from_numpy(source.gather(np.array([1])).input).tolist() == [[0.5, 1.0]]
 
 
 def test_too_many_bad_records_are_not_collected(tmp_path, monkeypatch):
