@@ -7,6 +7,7 @@ which no reader may touch, and `ran`, which a payload would make.
 import collections
 import copyreg
 import functools
+import gzip
 import io
 import json
 import os
@@ -863,4 +864,116 @@ JSON = [
     Case("json of a million-digit number", raw(b"1" * 10**6, "a.json"), "wanted|not valid JSON"),
 ]
 
-CASES = [*PICKLE, *HDF5, *ARRAYS, *PLACES, *JSON]
+# --- compressed text and tables ------------------------------------------------------------------------
+
+
+def zst(content: Callable[[], bytes], **parameters: int) -> Callable[[], bytes]:
+    def make() -> bytes:
+        import zstandard
+
+        settings = zstandard.ZstdCompressionParameters(**parameters)
+        return zstandard.ZstdCompressor(compression_params=settings).compress(content())
+
+    return make
+
+
+def table(write: Callable[[Any, Path], None], name: str) -> Callable[[Path], Path]:
+    """A file that ``write`` makes of a pyarrow table of good records."""
+
+    def made(folder: Path) -> Path:
+        import pyarrow as pa
+
+        write(pa.table({"input": [[1.0, 2.0]] * 8, "target": [1] * 8}), folder / name)
+        return folder / name
+
+    return made
+
+
+def parquet(made: Any, path: Path) -> None:
+    from pyarrow import parquet as pq
+
+    pq.write_table(made, path)
+
+
+def parquet_of_a_constant(folder: Path) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    rows = 1 << 26
+    column = pa.array(np.zeros(rows, np.int8)).cast(pa.int64())
+    made = pa.table({"input": column, "target": column})
+    pq.write_table(made, folder / "a.parquet", row_group_size=rows, compression="gzip")
+    return folder / "a.parquet"
+
+
+def parquet_elsewhere(folder: Path) -> Path:
+    """Only the footer of a table; its columns are said to lie in another file."""
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    collected: list[Any] = []
+    outside = secret(folder, "x.parquet")
+    pq.write_table(
+        pa.table({"input": [[float(SECRET)]] * 8, "target": [1] * 8}), outside, metadata_collector=collected
+    )
+    collected[0].set_file_path("../secret/x.parquet")
+    collected[0].write_metadata_file(str(folder / "a.parquet"))
+    return folder / "a.parquet"
+
+
+def arrow(made: Any, path: Path) -> None:
+    from pyarrow import ipc
+
+    with ipc.new_file(path, made.schema) as file:
+        file.write_table(made)
+
+
+def cut_short(write: Callable[[Path], Path], keep: int) -> Callable[[Path], Path]:
+    def made(folder: Path) -> Path:
+        path = write(folder)
+        path.write_bytes(path.read_bytes()[:keep])
+        return path
+
+    return made
+
+
+SOME = b"\n".join([GOOD] * 1000)
+TABLES = [
+    Case("gzip cut short", raw(lambda: gzip.compress(SOME)[:-30], "a.jsonl.gz"), "damaged or cut short"),
+    Case(
+        "gzip with a wrong checksum",
+        raw(lambda: gzip.compress(SOME)[:-8] + bytes(8), "a.jsonl.gz"),
+        "damaged or cut short",
+    ),
+    Case("gzip that is none", raw(SOME, "a.jsonl.gz"), "damaged or cut short"),
+    Case("gzip within gzip", raw(lambda: gzip.compress(gzip.compress(SOME)), "a.jsonl.gz"), "not valid JSON"),
+    Case("gzip of blank lines", raw(lambda: gzip.compress(b"\n" * (1 << 27)), "a.jsonl.gz"), "no records"),
+    Case(
+        "gzip of one line without end",
+        raw(lambda: gzip.compress(GOOD + b"\n" + b" " * (1 << 28)), "a.jsonl.gz"),
+        "is 268 MB long",
+        {1: "unreadable"},
+    ),
+    Case("zstd cut short", raw(lambda: zst(lambda: SOME)()[:-20], "a.jsonl.zst"), "damaged or cut short"),
+    Case("zstd that inflates", raw(zst(lambda: b"\n" * (1 << 28)), "a.jsonl.zst"), "grows to more than"),
+    Case(
+        "zstd with a window of 2 GB",
+        raw(b"\x28\xb5\x2f\xfd\x00\xa8" + b"\x00" * 100, "a.jsonl.zst"),
+        "damaged or cut short",
+    ),
+    Case("parquet cut short", cut_short(table(parquet, "a.parquet"), -50), "cannot be read"),
+    Case("parquet that is none", raw(b"PAR1" + b"\xff" * 200 + b"PAR1", "a.parquet"), "cannot be read"),
+    Case("parquet of a constant", parquet_of_a_constant, "inflates"),
+    Case("parquet with columns elsewhere", parquet_elsewhere, "cannot be read"),
+    Case("arrow cut short", cut_short(table(arrow, "a.arrow"), -50), "cannot be read"),
+    Case("arrow that is none", raw(b"ARROW1\0\0" + b"\xff" * 200, "a.arrow"), "cannot be read"),
+    Case("csv with rows of other lengths", raw(b"input,target\n1,0\n1,2,3\n", "a.csv"), "cannot be read"),
+    Case(
+        "csv with a quote that never ends", raw(b'input,target\n"1,0\n' + b"2,0\n" * 10**6, "a.csv"), "cannot"
+    ),
+    Case("csv of one value of 40 MB", raw(lambda: b"input,target\n" + b"1" * 40_000_000, "a.csv"), "cannot"),
+    Case("csv of NULs", raw(bytes(10**6), "a.csv"), "a.csv"),
+    Case("csv in UTF-16", raw("input,target\n1,0\n".encode("utf-16"), "a.csv"), "a.csv"),
+]
+
+CASES = [*PICKLE, *HDF5, *ARRAYS, *PLACES, *JSON, *TABLES]

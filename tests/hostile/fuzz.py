@@ -8,6 +8,7 @@ changes and shrinks a file that fails.
 """
 
 import argparse
+import gzip
 import json
 import shutil
 import tempfile
@@ -20,10 +21,13 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import safetensors.numpy
 import torch
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from hostile.reference import BLOCK, READERS
 from hostile.sandbox import run
@@ -34,6 +38,7 @@ X = np.arange(24, dtype=np.float32).reshape(8, 3) / 4
 K = np.arange(24, dtype=np.int64).reshape(8, 3)
 Y = np.arange(8) % 3
 RECORDS = [{"input": X[i].tolist(), "target": int(Y[i]), "metadata": {"quality": 0.5}} for i in range(8)]
+TABLE = pa.table({"input": X.tolist(), "target": Y.tolist()})
 TEXTS = [{"text": f'words "{i}" \\ é: [', "label": i % 3} for i in range(8)]
 MODES: list[dict[str, Any]] = [
     {},
@@ -59,6 +64,11 @@ def save_hdf5(path: Path, **options: Any) -> None:
         file.create_dataset("dataset/inputs", data=X, **options)
         file["dataset/targets"] = Y
         file["dataset"].attrs["made"] = "here"
+
+
+def save_arrow(path: Path) -> None:
+    with pa.ipc.new_file(path, TABLE.schema) as file:
+        file.write_table(TABLE, 3)
 
 
 def seeds() -> dict[str, list[bytes]]:
@@ -89,6 +99,14 @@ def seeds() -> dict[str, list[bytes]]:
         ".pt": [by_file(lambda p: torch.save({k: torch.from_numpy(v) for k, v in both.items()}, p), ".pt")],
         ".bin": [np.arange(100, dtype=np.uint16).tobytes()],
         ".txt": ["some text: ü ".encode() * 9],
+        ".jsonl.gz": [gzip.compress(lines(RECORDS))],
+        ".jsonl.zst": [zstandard.compress(lines(TEXTS))],
+        ".csv": [b"a,b,label\n" + b"".join(b"%d,%d.5,%d\n" % (i, i, i % 3) for i in range(8))],
+        ".parquet": [
+            by_file(lambda p: parquet.write_table(TABLE, p), ".parquet"),
+            by_file(lambda p: parquet.write_table(TABLE, p, row_group_size=3, compression="gzip"), ".parquet"),
+        ],
+        ".arrow": [by_file(save_arrow, ".arrow")],
     }  # fmt: skip
 
 
@@ -148,7 +166,7 @@ changes = st.lists(
 
 def read_both(path: Path, options: Mapping[str, Any]) -> str:
     """Read a file with Forge and plainly; says how it ended, "differs ..." where the two do not agree."""
-    ending = path.suffix
+    ending = path.name.removeprefix("a")
     config = DataConfig(
         invalid_records="drop", max_dropped_share=1.0, shuffle=False,
         max_length=BLOCK if ending in STREAMS else None,

@@ -4,6 +4,8 @@ A record is (input, target): numbers as numpy arrays, text as text. None stands 
 reader would take.
 """
 
+import csv
+import gzip
 import io
 import json
 import pickle
@@ -14,8 +16,11 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import safetensors.numpy
 import torch
+import zstandard
+from pyarrow import parquet
 
 BLOCK = 16  # tokens of a block; each holds one more
 Records = list[tuple[Any, Any] | None]
@@ -89,8 +94,54 @@ def read_json(path: Path) -> Records:
 
 
 def read_json_lines(path: Path) -> Records:
+    return records_of_lines(path.read_bytes())
+
+
+def read_gzip(path: Path) -> Records:
+    return records_of_lines(gzip.decompress(path.read_bytes()))
+
+
+def read_zstd(path: Path) -> Records:
+    with path.open("rb") as file:
+        return records_of_lines(
+            zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
+        )
+
+
+def read_csv(path: Path) -> Records:
+    rows = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8"), newline="")))
+    names, rows = rows[0], [row for row in rows[1:] if row]
+    label = next((names.index(name) for name in TARGETS if name in names), None)
+    plain = next((names.index(name) for name in INPUTS if name in names), None)
+    taken = [plain] if plain is not None else [i for i in range(len(names)) if i != label]
+    found: Records = []
+    for row in rows:
+        try:
+            values = np.array([float(row[i]) for i in taken])
+            found.append(
+                (values[0] if plain is not None else values, None if label is None else float(row[label]))
+            )
+        except (ValueError, IndexError):
+            found.append(None)
+    return found
+
+
+def read_table(made: Any) -> Records:
+    return [as_record(row) for row in made.to_pylist()]
+
+
+def read_parquet(path: Path) -> Records:
+    return read_table(parquet.ParquetFile(path).read())
+
+
+def read_arrow(path: Path) -> Records:
+    with pa.ipc.open_file(str(path)) as file:
+        return read_table(file.read_all())
+
+
+def records_of_lines(text: bytes) -> Records:
     records: Records = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in text.split(b"\n"):
         if not line.strip() and len(line) < 16:
             continue  # longer ones are no blank lines but records that cannot be read
         try:
@@ -182,4 +233,9 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".pt": read_torch,
     ".bin": read_tokens,
     ".txt": read_text,
+    ".jsonl.gz": read_gzip,
+    ".jsonl.zst": read_zstd,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }

@@ -15,7 +15,8 @@ MODES = {
     "in place": {"memory_limit_mb": 0},
     "streamed": {"streaming": True},
 }
-FLOOR, SHARE = 96 << 20, 64  # bytes a reader may take beside this many times the file
+# Bytes a reader may take: its own buffers (a record of 64 MB twice), and so many times the file.
+FLOOR, SHARE = 256 << 20, 64
 
 
 def read(where: Any, options: dict[str, Any]) -> dict[str, Any]:

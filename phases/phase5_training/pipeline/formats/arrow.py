@@ -23,6 +23,7 @@ from phase5_training.pipeline.formats.source import (
     ArraySource,
     ReadOptions,
     Source,
+    check_inflation,
     check_memory,
 )
 
@@ -53,6 +54,8 @@ def open_parquet(path: Path, options: ReadOptions) -> Source:
     columns = max(file.metadata.num_columns, 1)
     sizes = [max(group.total_byte_size, 8 * group.num_rows * columns) for group in groups]
     check_memory(path, max(sizes, default=0), "a row group")
+    # A column of equal values takes a few bytes, whatever their number.
+    check_inflation(f"{path}: a row group", path.stat().st_size, max(sizes, default=0))
 
     def read(number: int) -> Any:
         # Each process opens the file for itself: a handle must not cross a fork.
