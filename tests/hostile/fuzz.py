@@ -104,7 +104,7 @@ def seeds() -> dict[str, list[bytes]]:
         ".csv": [b"a,b,label\n" + b"".join(b"%d,%d.5,%d\n" % (i, i, i % 3) for i in range(8))],
         ".parquet": [
             by_file(lambda p: parquet.write_table(TABLE, p), ".parquet"),
-            by_file(lambda p: parquet.write_table(TABLE, p, row_group_size=3, compression="gzip"), ".parquet"),
+            by_file(lambda p: parquet.write_table(TABLE, p, row_group_size=3), ".parquet"),
         ],
         ".arrow": [by_file(save_arrow, ".arrow")],
     }  # fmt: skip
