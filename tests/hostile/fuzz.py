@@ -243,6 +243,7 @@ def fuzz(ending: str, seconds: float, folder: Path, *, derandomize: bool = False
         assert made or options or said == "kept", "a sound file"
         outcomes[said] += 1
 
+    one()
     while time.monotonic() < end:
         one()
     return outcomes

@@ -103,9 +103,8 @@ def read_gzip(path: Path) -> Records:
 
 def read_zstd(path: Path) -> Records:
     with path.open("rb") as file:
-        return records_of_lines(
-            zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
-        )
+        text = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True).read()
+    return records_of_lines(text)
 
 
 def read_csv(path: Path) -> Records:
@@ -114,16 +113,25 @@ def read_csv(path: Path) -> Records:
     label = next((names.index(name) for name in TARGETS if name in names), None)
     plain = next((names.index(name) for name in INPUTS if name in names), None)
     taken = [plain] if plain is not None else [i for i in range(len(names)) if i != label]
+    labels = [None if label is None or label >= len(row) else row[label] for row in rows]
+    numbers = all(map(is_number, labels))  # else they are names of classes
     found: Records = []
-    for row in rows:
-        try:
-            values = np.array([float(row[i]) for i in taken])
-            found.append(
-                (values[0] if plain is not None else values, None if label is None else float(row[label]))
-            )
-        except (ValueError, IndexError):
+    for row, target in zip(rows, labels, strict=True):
+        if not all(i < len(row) and is_number(row[i]) for i in taken):
             found.append(None)
+            continue
+        values = np.array([float(row[i]) for i in taken])
+        named = target if target is None or not numbers else float(target)
+        found.append((values[0] if plain is not None else values, named))
     return found
+
+
+def is_number(text: str | None) -> bool:
+    try:
+        float(text or "none")
+    except ValueError:
+        return False
+    return True
 
 
 def read_table(made: Any) -> Records:
