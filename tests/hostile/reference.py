@@ -114,10 +114,10 @@ def read_csv(path: Path) -> Records:
     plain = next((names.index(name) for name in INPUTS if name in names), None)
     taken = [plain] if plain is not None else [i for i in range(len(names)) if i != label]
     labels = [None if label is None or label >= len(row) else row[label] for row in rows]
-    numbers = all(map(is_number, labels))  # else they are names of classes
+    numbers = all(is_number(text) for text in labels if text)  # else they are names of classes
     found: Records = []
     for row, target in zip(rows, labels, strict=True):
-        if not all(i < len(row) and is_number(row[i]) for i in taken):
+        if target == "" or not all(i < len(row) and is_number(row[i]) for i in taken):
             found.append(None)
             continue
         values = np.array([float(row[i]) for i in taken])
