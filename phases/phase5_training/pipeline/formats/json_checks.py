@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 MAX_DEPTH = 64  # levels of nesting within a record; arrays have at most as many dimensions
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_STRING = re.compile(rb'(?s)"[^"\\]*+(?:\\.[^"\\]*+)*+"')
 
 
+_QUOTE_AND_BLANK = (b'" ', b'"\t', b'"\r', b'"\n')
 _STEP = np.zeros(256, np.int8)
 _STEP[list(b"[{")], _STEP[list(b"]}")] = 1, -1
 
@@ -33,8 +34,9 @@ def fault_of(text: bytes, value: Any) -> str | None:
     """
     if text.count(b"[") + text.count(b"{") > MAX_DEPTH and _depth(text) > MAX_DEPTH:
         return f"is nested deeper than {MAX_DEPTH} levels"
-    # Each key brings a colon. There may be others in text, so fewer keys are only a reason to look.
-    if text.count(b":") == _keys_near_the_top(value):
+    # Each key brings a quote, blanks, and a colon. Text may hold the like, so fewer keys are only a reason
+    # to look.
+    if text.count(b'":') == _keys_near_the_top(value) and not any(map(text.count, _QUOTE_AND_BLANK)):
         return None
     if _STRING.sub(b"", text).count(b":") == _keys(value):
         return None

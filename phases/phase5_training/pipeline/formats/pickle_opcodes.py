@@ -21,7 +21,10 @@ SHARED_FLOOR = 1 << 26
 
 # Opcodes of fixed length run at the speed of a regular expression; see pickletools for their names.
 _ALONE = b"(012N\x88\x89]})\x8faesut\x85\x86\x87ld\x90\x91Rbo\x81\x92\x93\x94Q"
-_FIXED = re.compile(rb"(?s:[" + re.escape(_ALONE) + rb"]|[Khq\x80\x82].|[M\x83]..|[Jj\x84]....|G........)+")
+# Possessive: a run of a hundred million leaves nothing to go back to.
+_FIXED = re.compile(
+    rb"(?s:(?:G.{8})++|(?:K.)++|[" + re.escape(_ALONE) + rb"]++|[hq\x80\x82].|[M\x83]..|[Jj\x84].{4})++"
+)
 _LENGTHS = {  # opcode: bytes of the length that follows it
     **dict.fromkeys(b"U\x8cC\x8a", 1), **dict.fromkeys(b"TXB\x8b", 4), **dict.fromkeys(b"\x8d\x8e\x96", 8),
 }  # fmt: skip
