@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing.connection
 import signal
 import threading
 import time
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from phase5_training.errors import DataError
 
 POLL_SECONDS = 0.5  # between two looks at the workers, and at whether the run is to stop
+DEATH_SECONDS = 2.0  # from a broken connection until a worker counts as alive after all
 SHOWN = 5  # records named in a message
 
 
@@ -94,8 +94,7 @@ def watched(
             except (RuntimeError, OSError, EOFError) as error:  # also of memory shared by one that died
                 waited = str(error).startswith("DataLoader timed out after")
                 if not waited:
-                    # A connection breaks a moment before the system says who died.
-                    multiprocessing.connection.wait([w.sentinel for w in batches._workers], timeout=1)
+                    _wait_for_a_death(batches._workers)
                 dead = [w for w in enumerate(batches._workers) if not w[1].is_alive()]
                 if dead:
                     raise DataError(_death(*dead[0], board, locate)) from error
@@ -105,6 +104,13 @@ def watched(
                 if time.monotonic() - began >= timeout:
                     raise DataError(_hang(batches, board, timeout, locate)) from error
         yield item
+
+
+def _wait_for_a_death(workers: Any) -> None:
+    """A connection breaks, and a sentinel closes, a moment before the system says who died."""
+    until = time.monotonic() + DEATH_SECONDS
+    while all(worker.is_alive() for worker in workers) and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def _death(number: int, worker: Any, board: WorkerBoard, locate: Callable[[int], tuple[str, int]]) -> str:
