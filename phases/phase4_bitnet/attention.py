@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd.function import once_differentiable
 
 from phase4_bitnet import native
@@ -168,19 +168,19 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # What the native kernel takes and, for torch.compile, the shapes that it returns.
-torch.library.define("forge::causal_attention", "(Tensor qkv, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
-torch.library.define(
+library.define("forge::causal_attention", "(Tensor qkv, Tensor cos, Tensor sin) -> (Tensor, Tensor)")
+library.define(
     "forge::causal_attention_backward",
     "(Tensor grad, Tensor qkv, Tensor cos, Tensor sin, Tensor log_sums) -> Tensor",
 )
 
 
-@torch.library.register_fake("forge::causal_attention")
+@library.register_fake("forge::causal_attention")
 def _(qkv: Tensor, cos: Tensor, sin: Tensor) -> Any:
     batch, length, _, heads, head_dim = qkv.shape
     return qkv.new_empty((batch, length, heads * head_dim)), cos.new_empty((batch, heads, length))
 
 
-@torch.library.register_fake("forge::causal_attention_backward")
+@library.register_fake("forge::causal_attention_backward")
 def _(grad: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, log_sums: Tensor) -> Any:
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from phase4_bitnet import native
 from phase4_bitnet.int8_matmul import MAX_INNER, int8_matmul
@@ -358,12 +358,12 @@ def _convolution_options(layer: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
 
 
 # native/packed_linear.cpp has the body.
-torch.library.define(
+library.define(
     "forge::packed_linear",
     "(Tensor x, Tensor packed_codes, Tensor scale, Tensor? bias, int out_features) -> Tensor",
 )
 
 
-@torch.library.register_fake("forge::packed_linear")
+@library.register_fake("forge::packed_linear")
 def _(x: Tensor, packed_codes: Tensor, scale: Tensor, bias: Tensor | None, out_features: int) -> Any:
     return x.new_empty((*x.shape[:-1], out_features))

@@ -8,7 +8,7 @@ where there is no compiler. On a CPU both give the same bits.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from phase4_bitnet import native
 from phase4_bitnet.int8_matmul import MAX_INNER, int8_matmul
@@ -140,29 +140,29 @@ def int8_linear_backward(
 
 # What the kernels take and, for torch.compile, the shapes that they return. native/int8_linear.cpp has the
 # bodies.
-torch.library.define("forge::quantize_rows", "(Tensor x, float floor) -> (Tensor, Tensor)")
-torch.library.define(
+library.define("forge::quantize_rows", "(Tensor x, float floor) -> (Tensor, Tensor)")
+library.define(
     "forge::int8_linear",
     "(Tensor rows, Tensor row_scale, Tensor codes, Tensor scale, ScalarType dtype) -> Tensor",
 )
-torch.library.define(
+library.define(
     "forge::int8_linear_backward",
     "(Tensor grad, Tensor rows, Tensor row_scale, Tensor codes, Tensor scale, float floor, int block, "
     "bool want_input, bool want_weight) -> (Tensor, Tensor)",
 )
 
 
-@torch.library.register_fake("forge::quantize_rows")
+@library.register_fake("forge::quantize_rows")
 def _(x: Tensor, floor: float) -> Any:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
 
 
-@torch.library.register_fake("forge::int8_linear")
+@library.register_fake("forge::int8_linear")
 def _(rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Any:
     return row_scale.new_empty((rows.shape[0], codes.shape[0]), dtype=dtype)
 
 
-@torch.library.register_fake("forge::int8_linear_backward")
+@library.register_fake("forge::int8_linear_backward")
 def _(
     grad: Tensor, rows: Tensor, row_scale: Tensor, codes: Tensor, scale: Tensor,
     floor: float, block: int, want_input: bool, want_weight: bool,

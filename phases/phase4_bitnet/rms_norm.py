@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch.autograd.function import once_differentiable
 
 from phase4_bitnet import native
@@ -104,31 +104,31 @@ class RMSNorm(nn.RMSNorm):
 
 
 # What the native kernels take and, for torch.compile, the shapes that they return.
-torch.library.define(
+library.define(
     "forge::rms_norm",
     "(Tensor x, Tensor? gain, float eps, bool squared, ScalarType dtype) -> (Tensor, Tensor)",
 )
-torch.library.define(
+library.define(
     "forge::rms_norm_quantize",
     "(Tensor x, Tensor? gain, float eps, bool squared, float floor) -> (Tensor, Tensor, Tensor)",
 )
-torch.library.define(
+library.define(
     "forge::rms_norm_backward",
     "(Tensor grad, Tensor x, Tensor? gain, Tensor inverse, bool squared) -> (Tensor, Tensor)",
 )
 
 
-@torch.library.register_fake("forge::rms_norm")
+@library.register_fake("forge::rms_norm")
 def _(x: Tensor, gain: Tensor | None, eps: float, squared: bool, dtype: torch.dtype) -> Any:
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("forge::rms_norm_quantize")
+@library.register_fake("forge::rms_norm_quantize")
 def _(x: Tensor, gain: Tensor | None, eps: float, squared: bool, floor: float) -> Any:
     floats = x.new_empty(x.shape[0], dtype=torch.float32)
     return x.new_empty(x.shape, dtype=torch.int8), floats[:, None].clone(), floats
 
 
-@torch.library.register_fake("forge::rms_norm_backward")
+@library.register_fake("forge::rms_norm_backward")
 def _(grad: Tensor, x: Tensor, gain: Tensor | None, inverse: Tensor, squared: bool) -> Any:
     return x.new_empty(x.shape), inverse.new_empty(0 if gain is None else x.shape[-1])

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from phase4_bitnet import native
 
@@ -193,9 +193,9 @@ def quantize_rows(x: Tensor, floor: float = SCALE_FLOOR) -> tuple[Tensor, Tensor
 
 
 # What the kernel returns, for tracing; native/optimizer_step.cpp has the body.
-torch.library.define("forge::ternary_codes", "(Tensor weight, int bits) -> (Tensor, Tensor)")
+library.define("forge::ternary_codes", "(Tensor weight, int bits) -> (Tensor, Tensor)")
 
 
-@torch.library.register_fake("forge::ternary_codes")
+@library.register_fake("forge::ternary_codes")
 def _ternary_codes_fake(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape, dtype=torch.int8), weight.new_empty(())

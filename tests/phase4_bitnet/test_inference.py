@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 from oracles.bitnet import int8_rows, linear_forward
 from oracles.packing import unpack_tile
@@ -432,7 +432,7 @@ def test_what_torch_compile_is_told_is_true() -> None:
     packed = pack_model(BitLinear(20, 18))
     for shape in ((20,), (3, 20), (2, 0, 20)):
         arguments = (torch.randn(shape), packed.packed_codes, packed.scale, packed.bias, 18)
-        torch.library.opcheck(
+        library.opcheck(
             torch.ops.forge.packed_linear.default, arguments, test_utils=("test_schema", "test_faketensor")
         )
 

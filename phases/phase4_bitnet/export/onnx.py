@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from phase4_bitnet.export.portable import dynamic_dimensions, portable_model
 from phase4_bitnet.export.report import (
@@ -142,16 +142,16 @@ def _quiet() -> Any:
         log.setLevel(level)
 
 
-torch.library.define("forge::int8_product", "(Tensor rows, Tensor codes) -> Tensor")
+library.define("forge::int8_product", "(Tensor rows, Tensor codes) -> Tensor")
 
 
-@torch.library.impl("forge::int8_product", "cpu")
+@library.impl("forge::int8_product", "cpu")
 def _int8_product(rows: Tensor, codes: Tensor) -> Tensor:
     """(..., k) and (n, k) int8 to (..., n) float32."""
     flat = int8_matmul(rows.reshape(-1, rows.shape[-1]), codes.t())
     return flat.float().reshape(*rows.shape[:-1], codes.shape[0])
 
 
-@torch.library.register_fake("forge::int8_product")
+@library.register_fake("forge::int8_product")
 def _int8_product_fake(rows: Tensor, codes: Tensor) -> Tensor:
     return rows.new_empty((*rows.shape[:-1], codes.shape[0]), dtype=torch.float32)

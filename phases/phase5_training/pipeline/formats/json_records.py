@@ -66,7 +66,7 @@ def find_in_list(text: bytes) -> tuple[np.ndarray, np.ndarray, int, int]:
         >>> starts.tolist(), stops.tolist(), end, depth
         ([1, 13], [11, 18], -1, 2)
     """
-    library = native.library()
+    library = native.load_library()
     return _find_in_python(text) if library is None else _find_natively(library, text)
 
 

@@ -130,7 +130,7 @@ class RecordParser:
         self._fields = fields
 
     def _natively(self, found: Found, index: Sequence[int]) -> Columns | None:
-        library = native.library()
+        library = native.load_library()
         assert self._fields is not None
         if library is None:
             return None
