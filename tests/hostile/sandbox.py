@@ -50,7 +50,7 @@ def run(work: Callable[[], Any], folder: Path, *, memory: int = 3 << 30, seconds
         memory: bytes of address space beyond what the process has now.
         seconds: processor seconds.
     """
-    native.load_library()  # compiled on first use, by a program
+    native.reader()  # compiled on first use, by a program
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.formats.columns import Columns
 from phase5_training.pipeline.formats.forward import open_forward
-from phase5_training.pipeline.formats.json_records import Finder, LineFinder, ListFinder, cut
+from phase5_training.pipeline.formats.json_records import Finder, ListFinder, cut, find_lines
 from phase5_training.pipeline.formats.record_parser import RecordParser
 from phase5_training.pipeline.formats.source import CHUNK_ROWS, ReadOptions, Source
 
@@ -105,7 +105,7 @@ def open_compressed(path: Path, options: ReadOptions) -> Source:
         UsageError: a package that the compression needs is missing.
     """
     kind = Path(path.stem).suffix.lower()
-    finder: Finder = ListFinder(path) if kind == ".json" else LineFinder(path)
+    finder: Finder = ListFinder(path) if kind == ".json" else find_lines
     name = "json" if kind == ".json" else "jsonl"
 
     def walk() -> Iterator[Columns]:

@@ -14,12 +14,12 @@ import numpy as np
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Values, concat
-from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, chunks_of, load
+from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, load
+from phase5_training.pipeline.formats.indexed import IndexedSource
 from phase5_training.pipeline.formats.row_file import narrowed
 from phase5_training.pipeline.formats.source import Access, ArraySource, ReadOptions, SequentialWindow, Source
 
 Walk = Callable[[], Iterator[Columns]]
-READ_BYTES = 8 << 20
 
 
 def open_forward(path: Path, format: str, walk: Walk, options: ReadOptions) -> Source:
@@ -53,7 +53,7 @@ def _size(chunk: Columns) -> int:
     return total
 
 
-class ForwardSource:
+class ForwardSource(IndexedSource):
     """Records of a file that is read from its beginning.
 
     Args:
@@ -63,21 +63,18 @@ class ForwardSource:
         options: ``window`` is how far apart the records of neighboring batches may lie.
     """
 
-    vocab_size: int | None = None
-
     def __init__(self, path: Path, format: str, walk: Walk, options: ReadOptions) -> None:
-        self.path, self.paths, self.format = path, [str(path)], format
-        self._walk, self._with_rows = walk, not options.streaming
+        super().__init__(path, format, with_rows=not options.streaming)
+        self._walk = walk
         self._window = SequentialWindow(walk, options.window)
-        self._index: RecordIndex | None = load(path, format, self._with_rows)
-        self._note = ""
+        self._use(load(path, format, self._with_rows))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_index": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._index = load(self.path, self.format, self._with_rows)
+        self._use(load(self.path, self.format, self._with_rows))
 
     @property
     def access(self) -> Access:
@@ -89,26 +86,6 @@ class ForwardSource:
         """See `MayBeForwardOnly`."""
         return self._index is None or self._index.rows is None
 
-    def _made(self) -> RecordIndex:
-        if self._index is None:
-            for _ in self.iterate():
-                pass
-        assert self._index is not None
-        return self._index
-
-    def __len__(self) -> int:
-        return self._made().count
-
-    def iterate(self) -> Iterator[Columns]:
-        """See `Source.iterate`."""
-        index = self._index
-        if index is None:
-            yield from self._first_walk()
-        elif index.rows is None:
-            yield from self._walk()
-        else:
-            yield from chunks_of(index, max(1, min(READ_BYTES // index.rows.dtype.itemsize, 1 << 16)))
-
     def _first_walk(self) -> Iterator[Columns]:
         writer = IndexWriter(self.path, self.format, self._with_rows)
         try:
@@ -118,24 +95,18 @@ class ForwardSource:
                 yield chunk
             if not writer.count:
                 raise DataError(f"{self.path}: holds no records; wanted at least one")
-            self._index = writer.finish()
+            self._use(writer.finish())
             self._note = writer.why_memory
         finally:
             writer.close()
 
-    def gather(self, indices: np.ndarray) -> Columns:
-        """See `Source.gather`."""
-        index = self._made()
-        return self._window.gather(indices) if index.rows is None else index.take(indices)
+    def _walk_again(self, index: RecordIndex) -> Iterator[Columns]:
+        return self._walk()
 
-    def locate(self, index: int) -> tuple[str, int]:
-        """See `Source.locate`."""
-        return self.paths[0], index
+    def _seek(self, indices: np.ndarray) -> Columns:
+        return self._window.gather(indices)
 
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
-        index = self._made()
-        found = {"format": self.format, "access": "streamed", "records": index.count}
-        if index.rows is not None:
-            found |= {"access": "rows of the index", "index": str(index.path)}
-        return found
+        found, index = self._described("streamed"), self._made()
+        return found if index.rows is None else {**found, "index": str(index.path)}

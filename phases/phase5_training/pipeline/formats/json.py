@@ -17,15 +17,16 @@ import orjson
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, concat
-from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, chunks_of, load
+from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, load
+from phase5_training.pipeline.formats.indexed import READ_BYTES, IndexedSource
 from phase5_training.pipeline.formats.json_checks import fault_of
 from phase5_training.pipeline.formats.json_records import (
     Finder,
     Found,
-    LineFinder,
     ListFinder,
     NoListError,
     cut,
+    find_lines,
 )
 from phase5_training.pipeline.formats.objects import source_from_object
 from phase5_training.pipeline.formats.record_parser import RecordParser, holds_huge_floats
@@ -36,7 +37,6 @@ WHOLE_BYTES = 16 << 20  # a .json file up to this size is parsed as one document
 TEXT_GROWTH = 4  # a digit and a comma become eight bytes at most
 MAX_GAP = 4096  # bytes between two records that are read over rather than sought over
 FIRST = 64  # records that fix the form of the others
-READ_BYTES = 8 << 20
 MAX_LOST = 500_000  # unreadable records, each of which is kept with its reason
 
 
@@ -67,7 +67,7 @@ def open_json_lines(path: Path, options: ReadOptions) -> Source:
     """
     if not path.stat().st_size:
         raise DataError(f"{path}: the file is empty; wanted one record a line")
-    return _open(path, "jsonl", LineFinder(path), options)
+    return _open(path, "jsonl", find_lines, options)
 
 
 def _open(path: Path, format: str, finder: Finder, options: ReadOptions) -> Source:
@@ -119,7 +119,7 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-class JsonRecords:
+class JsonRecords(IndexedSource):
     """Records of a JSON text in place: each is parsed when asked for, or taken from its row in the index.
 
     The index is made by the first walk through the file.
@@ -132,17 +132,13 @@ class JsonRecords:
         keep_index: False only walks.
     """
 
-    vocab_size: int | None = None
-
     def __init__(
         self, path: Path, format: str, finder: Finder, *, with_rows: bool, keep_index: bool = True
     ) -> None:
-        self.path, self.paths, self.format = path, [str(path)], format
-        self._finder, self._with_rows, self._keep = finder, with_rows, keep_index
+        super().__init__(path, format, with_rows)
+        self._finder, self._keep = finder, keep_index
         self._parser = RecordParser()
-        self._index: RecordIndex | None = None
         self._file: tuple[int, int] | None = None  # process and descriptor
-        self._note = ""
         if keep_index:
             self._use(load(path, format, with_rows))
 
@@ -164,46 +160,25 @@ class JsonRecords:
         return "mapped" if self._index is not None and self._index.rows is not None else "parsed"
 
     def _use(self, index: RecordIndex | None) -> None:
-        self._index = index
-        if index is None:
-            return
-        index.frugal = not self._with_rows
-        if index.rows is None:
+        super()._use(index)
+        if index is not None and index.rows is None:
             if not index.frugal:
                 index.hold_spans()
             if index.count:
-                self._read(np.arange(min(index.count, FIRST)))
+                self._seek(np.arange(min(index.count, FIRST)))
 
-    def _made(self) -> RecordIndex:
-        if self._index is None:
-            for _ in self.iterate():
-                pass
-        assert self._index is not None
-        return self._index
+    def _walk_again(self, index: RecordIndex) -> Iterator[Columns]:
+        start = 0
+        while start < index.count:
+            near = index.spans(np.arange(start, min(start + CHUNK_ROWS, index.count)))
+            fitting = int(np.searchsorted(near[:, 1], near[0, 0] + READ_BYTES, side="right"))
+            stop = start + max(fitting, 1)
+            columns = self._seek(np.arange(start, stop))
+            columns.bad |= index.bad_between(start, stop)
+            yield columns
+            start = stop
 
-    def __len__(self) -> int:
-        return self._made().count
-
-    def iterate(self) -> Iterator[Columns]:
-        """See `Source.iterate`."""
-        index = self._index
-        if index is None:
-            yield from self._walk()
-        elif index.rows is not None:
-            yield from chunks_of(index, max(1, min(READ_BYTES // index.rows.dtype.itemsize, 1 << 16)))
-        else:
-            start = 0
-            while start < index.count:
-                near = index.spans(np.arange(start, min(start + CHUNK_ROWS, index.count)))
-                fitting = int(np.searchsorted(near[:, 1], near[0, 0] + READ_BYTES, side="right"))
-                stop = start + max(fitting, 1)
-                columns = self._read(np.arange(start, stop))
-                columns.bad |= index.bad_between(start, stop)
-                yield columns
-                start = stop
-
-    def _walk(self) -> Iterator[Columns]:
-        """Read the file from its beginning, and keep what was found."""
+    def _first_walk(self) -> Iterator[Columns]:
         writer = IndexWriter(self.path, self.format, self._with_rows) if self._keep else None
         self._parser = RecordParser()
         count = lost = 0
@@ -236,8 +211,8 @@ class JsonRecords:
             if writer is not None:
                 writer.close()
 
-    def _read(self, indices: np.ndarray) -> Columns:
-        """Parse the records at ``indices``: neighbors are read from the file at once."""
+    def _seek(self, indices: np.ndarray) -> Columns:
+        # Neighbors are read from the file at once.
         assert self._index is not None
         spans = self._index.spans(indices)
         order = np.argsort(spans[:, 0], kind="stable")
@@ -264,22 +239,8 @@ class JsonRecords:
             self._file = (os.getpid(), os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
         return self._file[1]
 
-    def gather(self, indices: np.ndarray) -> Columns:
-        """See `Source.gather`."""
-        index = self._made()
-        return self._read(indices) if index.rows is None else index.take(indices)
-
-    def locate(self, index: int) -> tuple[str, int]:
-        """See `Source.locate`."""
-        return self.paths[0], index
-
     def describe(self) -> dict[str, Any]:
         """See `Source.describe`."""
         index = self._made()
-        found: dict[str, Any] = {
-            "format": self.format,
-            "access": "rows of the index" if index.rows is not None else "indexed",
-            "records": len(self),
-            "index": str(index.path) if index.path else f"in memory: {self._note}",
-        }
-        return found
+        place = str(index.path) if index.path else f"in memory: {self._note}"
+        return {**self._described("indexed"), "index": place}

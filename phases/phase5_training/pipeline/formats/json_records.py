@@ -1,6 +1,6 @@
 """Where the records of a JSON text begin and end, found block by block in bounded memory.
 
-A list of records (`ListFinder`) is followed by its brackets, JSON Lines (`LineFinder`) by the ends of the
+A list of records (`ListFinder`) is followed by its brackets, JSON Lines (`find_lines`) by the ends of the
 lines. What a record holds is left to orjson, or to the reader of plain numbers in `record_parser.py`.
 """
 
@@ -66,15 +66,15 @@ def find_in_list(text: bytes) -> tuple[np.ndarray, np.ndarray, int, int]:
         >>> starts.tolist(), stops.tolist(), end, depth
         ([1, 13], [11, 18], -1, 2)
     """
-    library = native.load_library()
-    return _find_in_python(text) if library is None else _find_natively(library, text)
+    reader = native.reader()
+    return _find_in_python(text) if reader is None else _find_natively(reader, text)
 
 
-def _find_natively(library: ctypes.CDLL, text: bytes) -> tuple[np.ndarray, np.ndarray, int, int]:
+def _find_natively(reader: ctypes.CDLL, text: bytes) -> tuple[np.ndarray, np.ndarray, int, int]:
     room = text.count(b"{") + text.count(b"[")
     starts, stops = np.empty(room, np.int64), np.empty(room, np.int64)
     state = (ctypes.c_int64 * 2)()
-    count = library.forge_find_records(
+    count = reader.forge_find_records(
         text, ctypes.c_int64(len(text)), ctypes.c_void_p(starts.ctypes.data),
         ctypes.c_void_p(stops.ctypes.data), ctypes.c_int64(room), state,
     )  # fmt: skip
@@ -231,44 +231,34 @@ def _list_of_samples(head: bytes) -> int:
     return -1
 
 
-class LineFinder:
-    """The lines of a JSON Lines text that are not blank.
-
-    Args:
-        path: for messages.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = path
-
-    def __call__(self, file: IO[bytes]) -> Iterator[Found]:
-        """Walk through a file from its beginning."""
-        text, base, line = b"", 0, 1
-        while True:
-            block = file.read(BLOCK_BYTES)
-            text += block
-            last = not block
-            ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
-            if last and len(text) and not text.endswith(b"\n"):
-                ends = np.append(ends, len(text))
-            starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
-            lines = line + np.arange(len(ends))
-            full = ends > starts
-            # Only short lines can be blank ones; looking into those is cheap.
-            for i in np.flatnonzero(full & (ends - starts < 16)).tolist():
-                full[i] = bool(text[starts[i] : ends[i]].strip())
-            if full.any():
-                yield Found(base, text, starts[full], ends[full], lines[full])
-            if last:
-                return
-            used = int(ends[-1]) + 1 if len(ends) else 0
-            text, base, line = text[used:], base + used, line + len(ends)
-            if len(text) > MAX_RECORD:
-                length, rest = _pass_over_line(file, len(text))
-                fault = f"is {length / 1e6:.0f} MB long; a record has at most {MAX_RECORD / 1e6:.0f}"
-                nothing = np.zeros(1, np.int64)
-                yield Found(base, b"", nothing, nothing, np.array([line]), faults={0: fault})
-                text, base, line = rest, base + length + 1, line + 1
+def find_lines(file: IO[bytes]) -> Iterator[Found]:
+    """Walk through a JSON Lines text from its beginning: the lines that are not blank."""
+    text, base, line = b"", 0, 1
+    while True:
+        block = file.read(BLOCK_BYTES)
+        text += block
+        last = not block
+        ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
+        if last and len(text) and not text.endswith(b"\n"):
+            ends = np.append(ends, len(text))
+        starts = np.concatenate([[0], ends[:-1] + 1])[: len(ends)]
+        lines = line + np.arange(len(ends))
+        full = ends > starts
+        # Only short lines can be blank ones; looking into those is cheap.
+        for i in np.flatnonzero(full & (ends - starts < 16)).tolist():
+            full[i] = bool(text[starts[i] : ends[i]].strip())
+        if full.any():
+            yield Found(base, text, starts[full], ends[full], lines[full])
+        if last:
+            return
+        used = int(ends[-1]) + 1 if len(ends) else 0
+        text, base, line = text[used:], base + used, line + len(ends)
+        if len(text) > MAX_RECORD:
+            length, rest = _pass_over_line(file, len(text))
+            fault = f"is {length / 1e6:.0f} MB long; a record has at most {MAX_RECORD / 1e6:.0f}"
+            nothing = np.zeros(1, np.int64)
+            yield Found(base, b"", nothing, nothing, np.array([line]), faults={0: fault})
+            text, base, line = rest, base + length + 1, line + 1
 
 
 def _pass_over_line(file: IO[bytes], length: int) -> tuple[int, bytes]:

@@ -1,4 +1,4 @@
-"""The C++ reader of plain records (number_records.cpp), compiled at first use; see `load_library`."""
+"""The C++ reader of plain records (number_records.cpp), compiled at first use; see `reader`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def cache_folder() -> Path:
 
 
 @cache
-def load_library() -> ctypes.CDLL | None:
+def reader() -> ctypes.CDLL | None:
     """The compiled functions; None where ``FORGE_NATIVE=0``, or no compiler is found or works.
 
     The first call on a machine compiles for a second or two. The same records come out without it; large

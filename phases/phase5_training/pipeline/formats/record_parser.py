@@ -130,9 +130,9 @@ class RecordParser:
         self._fields = fields
 
     def _natively(self, found: Found, index: Sequence[int]) -> Columns | None:
-        library = native.load_library()
+        reader = native.reader()
         assert self._fields is not None
-        if library is None:
+        if reader is None:
             return None
         n = len(found.starts)
         quality = np.empty(n)
@@ -146,7 +146,7 @@ class RecordParser:
                 column.floats, column.integers = (address, None) if field.floats else (None, address)
                 arrays.append(values)
             graded = native.Quality(quality.ctypes.data, 0)
-            done = library.forge_read_records(
+            done = reader.forge_read_records(
                 found.text, ctypes.c_void_p(found.starts.ctypes.data),
                 ctypes.c_void_p(found.stops.ctypes.data), ctypes.c_int64(n), fields,
                 ctypes.c_int64(len(self._fields)), ctypes.byref(graded),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats import json_records, open_source
 from phase5_training.pipeline.formats.columns import as_rows
-from phase5_training.pipeline.formats.json_records import LineFinder, ListFinder, find_in_list
+from phase5_training.pipeline.formats.json_records import ListFinder, find_in_list, find_lines
 from phase5_training.pipeline.formats.source import ReadOptions
 
 MODES = [ReadOptions(), ReadOptions(memory_limit=0), ReadOptions(streaming=True, window=8)]
@@ -245,16 +245,16 @@ records_of_any_kind = st.recursive(
 
 @given(records=st.lists(records_of_any_kind, max_size=12), block=st.integers(1, 40), spaced=st.booleans())
 @settings(max_examples=60, deadline=None)
-@pytest.mark.parametrize("finder", [ListFinder, LineFinder])
+@pytest.mark.parametrize("finder", [ListFinder("a.json"), find_lines])
 def test_blocks_of_any_size_find_the_same_records(finder, records, block, spaced):
-    indent = 2 if spaced and finder is ListFinder else None
+    indent = 2 if spaced and finder is not find_lines else None
     parts = [json.dumps(r, ensure_ascii=False, indent=indent).encode() for r in records]
     text = b'{"a": [1], "samples" : [' + b" ,\n".join(parts) + b'], "b": {"samples": []}}'
-    if finder is LineFinder:
+    if finder is find_lines:
         text = b"\n \n".join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_records, "BLOCK_BYTES", block if finder is LineFinder else max(block, 24))
-        found = list(finder("a.json")(io.BytesIO(text)))
+        patch.setattr(json_records, "BLOCK_BYTES", block if finder is find_lines else max(block, 24))
+        found = list(finder(io.BytesIO(text)))
     got = [f.text[a:b] for f in found for a, b in zip(f.starts, f.stops, strict=True)]
     offsets = [f.base + a for f in found for a in f.starts.tolist()]
     assert got == parts

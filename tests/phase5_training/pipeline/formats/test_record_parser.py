@@ -12,7 +12,7 @@ from phase5_training.pipeline.formats.columns import Columns
 from phase5_training.pipeline.formats.json_records import Found
 from phase5_training.pipeline.formats.record_parser import RecordParser
 
-needs_compiler = pytest.mark.skipif(native.load_library() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(native.reader() is None, reason="no C++ compiler")
 
 
 def found(texts: list[bytes]) -> Found:
@@ -23,7 +23,7 @@ def found(texts: list[bytes]) -> Found:
 def parse(chunks, compiled):
     with pytest.MonkeyPatch.context() as patch:
         if not compiled:
-            patch.setattr(native, "load_library", lambda: None)
+            patch.setattr(native, "reader", lambda: None)
         parser, out, start = RecordParser(), [], 0
         for texts in chunks:
             out.append(parser(found(texts), range(start, start + len(texts))))
@@ -119,19 +119,19 @@ def test_records_that_are_never_plain_are_left_to_orjson(monkeypatch):
 
 
 def test_without_a_compiler(monkeypatch, tmp_path, caplog):
-    native.load_library.cache_clear()
+    native.reader.cache_clear()
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     with caplog.at_level("INFO", logger="forge"):
-        assert native.load_library() is None
+        assert native.reader() is None
     assert "no C++ compiler; install g++" in caplog.text
-    native.load_library.cache_clear()
+    native.reader.cache_clear()
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho cannot >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert native.load_library() is None
-    native.load_library.cache_clear()
+    assert native.reader() is None
+    native.reader.cache_clear()
     monkeypatch.setenv("FORGE_NATIVE", "0")
-    assert native.load_library() is None
-    native.load_library.cache_clear()
+    assert native.reader() is None
+    native.reader.cache_clear()
