@@ -364,7 +364,7 @@ def _tell(result: Any) -> int:
 
 INSPECT_OPTIONS = (
     "task", "streaming", "quality_threshold", "max_length", "tokenizer", "num_classes",
-    "input_kind", "pad_id",
+    "input_kind", "pad_id", "inputs_path", "targets_path",
 )  # fmt: skip
 
 _SHOWN = (

@@ -17,7 +17,7 @@ from phase5_training.pipeline.formats.column_stats import is_text, label_text
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Values, as_rows
 from phase5_training.pipeline.formats.policies import OPTIONAL
 from phase5_training.pipeline.formats.scan import ScanOptions, scan
-from phase5_training.pipeline.formats.source import ReadOptions, Source
+from phase5_training.pipeline.formats.source import Source
 from phase5_training.pipeline.formats.spec import normalize_task
 from phase5_training.pipeline.formats.text import make_tokenizer
 
@@ -257,15 +257,8 @@ def inspect_data(
         (2, 1, {'0': 1, '1': 1})
     """
     config = config or DataConfig()
-    tokenizer = make_tokenizer(config.tokenizer)
-    source = open_source(
-        list(paths),
-        ReadOptions(
-            streaming=config.streaming, window=config.shuffle_buffer, block_length=config.max_length or 256,
-            memory_limit=config.memory_limit_mb << 20, tokenizer=tokenizer,
-        ),
-    )  # fmt: skip
-    report = _Report(source, samples)
+    source = open_source(list(paths), config.read_options())
+    report, tokenizer = _Report(source, samples), make_tokenizer(config.tokenizer)
     policies = dict.fromkeys((*OPTIONAL,) if config.max_length else ("duplicate",), "drop")
     options = ScanOptions(
         task=normalize_task(config.task), quality_threshold=config.quality_threshold, invalid_records="drop",
@@ -280,7 +273,9 @@ def inspect_data(
 
     problem, training = None, None
     try:
-        found = scan(Observed(source, report.look), tokenizer, options, quarantine=drop)
+        found = scan(
+            Observed(source, report.look), make_tokenizer(config.tokenizer), options, quarantine=drop
+        )
         training = {**found.spec.to_dict(), "truncated": found.truncated}
     except DataError as error:
         problem = str(error)

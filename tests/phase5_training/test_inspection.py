@@ -35,6 +35,16 @@ def write_jsonl(path):
     )
 
 
+def test_arrays_of_other_names_in_hdf5(tmp_path, capsys):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["raw/x"], file["raw/answers"] = X, Y
+    words = ["inspect-data", str(tmp_path / "a.h5"), "--json"]
+    assert main([*words, "--inputs-path", "raw/x", "--targets-path", "/raw/answers"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["records"] == 300
+    assert found["targets"]["target"]["classes"]["0"] == int((Y == 0).sum())
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("write", [write_h5, write_npz, write_jsonl])
 def test_figures_against_numpy(tmp_path, write, streaming):

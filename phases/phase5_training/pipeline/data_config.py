@@ -10,7 +10,11 @@ from typing import Literal
 
 from phase5_training.errors import UsageError
 from phase5_training.pipeline.formats.policies import Policy, check_policies
+from phase5_training.pipeline.formats.source import ReadOptions
 from phase5_training.pipeline.formats.spec import normalize_task
+from phase5_training.pipeline.formats.text import make_tokenizer
+
+DEFAULT_BLOCK = 256  # tokens of a training sequence cut from a stream when max_length is not set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,3 +126,12 @@ class DataConfig:
             raise UsageError(f"max_dropped_share={self.max_dropped_share} is not in [0, 1]; 0.2 is a fifth")
         check_policies(self.record_policies, self.max_length)
         normalize_task(self.task)
+
+    def read_options(self) -> ReadOptions:
+        """How files are opened."""
+        return ReadOptions(
+            streaming=self.streaming, window=self.shuffle_buffer,
+            block_length=self.max_length or DEFAULT_BLOCK, memory_limit=self.memory_limit_mb << 20,
+            inputs_path=self.inputs_path, targets_path=self.targets_path,
+            tokenizer=make_tokenizer(self.tokenizer),
+        )  # fmt: skip

@@ -21,16 +21,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.data_config import DataConfig
-from phase5_training.pipeline.data_prepared import DEFAULT_BLOCK, Prepared
+from phase5_training.pipeline.data_prepared import Prepared
 from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, watched
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.dataset import is_map_style, open_dataset
 from phase5_training.pipeline.formats.length_buckets import LengthBuckets
 from phase5_training.pipeline.formats.order import BatchPlan, EpochOrder, split_indices
-from phase5_training.pipeline.formats.source import ReadOptions, Source, blocks_of, is_forward_only
+from phase5_training.pipeline.formats.source import Source, blocks_of, is_forward_only
 from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
-from phase5_training.pipeline.formats.text import make_tokenizer
 
 Split = Literal["train", "validation"]
 TOGETHER_BYTES = 1 << 20  # of batches that are read together, so that the cost of a call is shared
@@ -372,14 +371,7 @@ def _create(
 
 def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchStream:
     if isinstance(source, (str, Path)) or _is_paths(source):
-        tokenizer = make_tokenizer(config.tokenizer)
-        options = ReadOptions(
-            streaming=config.streaming, window=config.shuffle_buffer,
-            block_length=config.max_length or DEFAULT_BLOCK,
-            memory_limit=config.memory_limit_mb << 20, tokenizer=tokenizer,
-            inputs_path=config.inputs_path, targets_path=config.targets_path,
-        )  # fmt: skip
-        return open_source(source, options)
+        return open_source(source, config.read_options())
     if is_map_style(source):
         return open_dataset(source, full_scan=config.quality_threshold > 0)
     if isinstance(source, IterableDataset):

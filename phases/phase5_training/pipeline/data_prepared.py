@@ -11,7 +11,7 @@ import numpy as np
 
 from phase5_training.errors import UsageError
 from phase5_training.pipeline.data_collate import Collator, SampleCache
-from phase5_training.pipeline.data_config import DataConfig
+from phase5_training.pipeline.data_config import DEFAULT_BLOCK, DataConfig
 from phase5_training.pipeline.data_workers import WorkerBoard
 from phase5_training.pipeline.formats.columns import Columns, Ragged, as_ragged, concat
 from phase5_training.pipeline.formats.dataset import DatasetSource
@@ -20,8 +20,6 @@ from phase5_training.pipeline.formats.scan import Scan, ScanOptions, scan
 from phase5_training.pipeline.formats.source import ArraySource, Source, Tokenizer
 from phase5_training.pipeline.formats.spec import DataSpec
 from phase5_training.pipeline.formats.text import make_tokenizer
-
-DEFAULT_BLOCK = 256  # tokens of a training sequence cut from a stream when max_length is not set
 
 
 class Prepared:
