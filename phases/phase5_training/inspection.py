@@ -273,9 +273,7 @@ def inspect_data(
 
     problem, training = None, None
     try:
-        found = scan(
-            Observed(source, report.look), make_tokenizer(config.tokenizer), options, quarantine=drop
-        )
+        found = scan(Observed(source, report.look), tokenizer, options, quarantine=drop)
         training = {**found.spec.to_dict(), "truncated": found.truncated}
     except DataError as error:
         problem = str(error)
