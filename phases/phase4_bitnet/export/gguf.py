@@ -26,17 +26,10 @@ from torch import Tensor, nn
 from phase4_bitnet.export.byte_tokenizer import BYTES, END, byte_characters
 from phase4_bitnet.export.huggingface import layout_of
 from phase4_bitnet.export.layout import Layout, Ternary
+from phase4_bitnet.export.libraries import optional, required, version_of
 from phase4_bitnet.export.llama_engine import log_probabilities_apart
-from phase4_bitnet.export.report import (
-    ExportReport,
-    make_report,
-    new_file,
-    optional,
-    outputs_of,
-    required,
-    sample_for,
-    version_of,
-)
+from phase4_bitnet.export.report import ExportReport, make_report, new_file
+from phase4_bitnet.export.samples import outputs_of, sample_for
 from phase4_bitnet.packing import pack_codes
 from phase4_bitnet.store import unwrap
 
@@ -72,8 +65,7 @@ def export_gguf(
 
     The file holds exactly the model's codes and scales. What llama.cpp computes with TQ2_0 and TQ1_0 differs
     from the model in how it rounds activations: to int8 by the largest magnitude of 256 values, and by that
-        of the
-    whole row here. With F16 it does not round them to int8 at all. The report has the difference.
+    of the whole row here. With F16 it does not round them to int8 at all. The report has the difference.
 
     Args:
         model: a `Llama` of ours, or Hugging Face's LlamaForCausalLM whose linear layers are BitLinear made
@@ -139,42 +131,39 @@ def export_gguf(
     return make_report("gguf", path, model, checked, outputs, notes)
 
 
-def tq2_0(codes: np.ndarray, scale: float) -> np.ndarray:
-    """Blocks of TQ2_0.
+def blocks_of(codes: np.ndarray, scale: float, tensor_type: str) -> np.ndarray:
+    """Codes and scale as the bytes of a ternary type.
 
     Args:
         codes: (rows, 256 n) int8.
         scale: exact in float16.
+        tensor_type: "TQ2_0" or "TQ1_0".
 
     Returns:
-        (rows, 66 n) uint8.
+        (rows, 66 n) uint8 for TQ2_0, (rows, 54 n) for TQ1_0.
 
-    >>> block = tq2_0(np.array([[1] * 128 + [-1] * 128], dtype=np.int8), 0.5)
-    >>> block[0, [0, 31, 32, 63, 64, 65]].tolist()
-    [170, 170, 0, 0, 0, 56]
-    """
-    rows = codes.shape[0]
-    # (row, block, half, i, m) -> (row, block, half, m, i): the four codes of a byte side by side.
-    ordered = codes.reshape(rows, -1, 2, 4, 32).swapaxes(-1, -2)
-    packed = pack_codes(torch.from_numpy(np.ascontiguousarray(ordered))).numpy()
-    return _with_scale(packed.reshape(rows, -1, BLOCK // 4), scale)
-
-
-def tq1_0(codes: np.ndarray, scale: float) -> np.ndarray:
-    """Blocks of TQ1_0.
-
-    Args:
-        codes: (rows, 256 n) int8.
-        scale: exact in float16.
-
-    Returns:
-        (rows, 54 n) uint8.
-
-    >>> block = tq1_0(np.array([[1] * 240 + [0] * 16], dtype=np.int8), 0.5)
-    >>> block[0, [0, 47, 48, 51, 52, 53]].tolist()
+    >>> codes = np.array([[1] * 240 + [0] * 16], dtype=np.int8)
+    >>> blocks_of(codes, 0.5, "TQ2_0")[0, [0, 47, 48, 63, 64, 65]].tolist()
+    [170, 170, 106, 106, 0, 56]
+    >>> blocks_of(codes, 0.5, "TQ1_0")[0, [0, 47, 48, 51, 52, 53]].tolist()
     [255, 255, 127, 127, 0, 56]
     """
-    digits = (codes.reshape(codes.shape[0], -1, BLOCK) + 1).astype(np.uint16)
+    blocks = _BLOCKS[tensor_type](codes.reshape(codes.shape[0], -1, BLOCK))
+    half = np.broadcast_to(np.array([scale], dtype="<f2").view(np.uint8), (*blocks.shape[:2], 2))
+    return np.concatenate([blocks, half], axis=-1).reshape(codes.shape[0], -1)
+
+
+def _tq2_0(codes: np.ndarray) -> np.ndarray:
+    """(rows, blocks, 256) int8 to (rows, blocks, 64) uint8."""
+    # (row, block, half, i, m) -> (row, block, half, m, i): the four codes of a byte side by side.
+    ordered = codes.reshape(*codes.shape[:2], 2, 4, 32).swapaxes(-1, -2)
+    packed = pack_codes(torch.from_numpy(np.ascontiguousarray(ordered))).numpy()
+    return packed.reshape(*codes.shape[:2], BLOCK // 4)
+
+
+def _tq1_0(codes: np.ndarray) -> np.ndarray:
+    """(rows, blocks, 256) int8 to (rows, blocks, 52) uint8."""
+    digits = (codes + 1).astype(np.uint16)
     parts = []
     for start, end, width in ((0, 160, 32), (160, 240, 16), (240, 256, 4)):
         columns = digits[..., start:end].reshape(*digits.shape[:2], -1, width)
@@ -184,24 +173,34 @@ def tq1_0(codes: np.ndarray, scale: float) -> np.ndarray:
             if i < columns.shape[2]:
                 number += columns[:, :, i]
         parts.append(((256 * number.astype(np.uint32) + 242) // 243).astype(np.uint8))
-    return _with_scale(np.concatenate(parts, axis=-1), scale)
+    return np.concatenate(parts, axis=-1)
 
 
-_BLOCKS = {"TQ2_0": tq2_0, "TQ1_0": tq1_0}
-
-
-def _with_scale(blocks: np.ndarray, scale: float) -> np.ndarray:
-    """(rows, blocks, bytes) -> (rows, all bytes), the scale in float16 after each block."""
-    half = np.broadcast_to(np.array([scale], dtype="<f2").view(np.uint8), (*blocks.shape[:2], 2))
-    return np.concatenate([blocks, half], axis=-1).reshape(blocks.shape[0], -1)
+_BLOCKS = {"TQ2_0": _tq2_0, "TQ1_0": _tq1_0}
 
 
 def _check(layout: Layout, tensor_type: str) -> None:
     config = layout.config
+    if config["model_type"] == "bitnet":
+        raise ValueError(
+            "llama.cpp computes a BitNetForCausalLM (our 'decoder') with SiLU whatever its activation, so "
+            "that the file would be another function; train with model='llama' (architecture='llama', with "
+            "the options of 'decoder'), or use the format huggingface, onnx or torch"
+        )
     if config["model_type"] != "llama":
         raise ValueError(
-            f"a model of the kind {config['model_type']!r} has no GGUF form here: llama.cpp is given the "
-            "blocks of Llama; train with model='llama' (model_options as for 'decoder')"
+            f"a model of the kind {config['model_type']!r} has no GGUF form here, only Llama's blocks do; "
+            "train with model='llama', or use the format huggingface, onnx or torch"
+        )
+    if config["architectures"] != ["LlamaForCausalLM"]:
+        raise ValueError(
+            f"a {config['architectures'][0]} has another head than llama.cpp's Llama, which predicts the "
+            "next token; use a LlamaForCausalLM, or the format onnx or torch"
+        )
+    if config["hidden_act"] != "silu":
+        raise ValueError(
+            f"hidden_act={config['hidden_act']!r} is not what llama.cpp computes for a Llama; use 'silu', or "
+            "the format huggingface, onnx or torch"
         )
     rope = (config.get("rope_parameters") or {}).get("rope_type", "default")
     if rope != "default":
@@ -282,7 +281,7 @@ def _write_tensor(gguf: Any, writer: Any, name: str, weight: Ternary | Tensor, t
     if not isinstance(weight, Ternary):
         writer.add_tensor(name, weight.numpy())
     elif tensor_type in _BLOCKS:
-        blocks = _BLOCKS[tensor_type](weight.codes.numpy(), weight.scale)
+        blocks = blocks_of(weight.codes.numpy(), weight.scale, tensor_type)
         writer.add_tensor(name, blocks, raw_dtype=gguf.GGMLQuantizationType[tensor_type])
     else:
         writer.add_tensor(name, (weight.codes.float() * weight.scale).numpy().astype(np.float16))

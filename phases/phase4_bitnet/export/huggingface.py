@@ -26,15 +26,9 @@ from phase4_bitnet.convert import convert_model_to_bitnet
 from phase4_bitnet.durable_folder import write_file, write_folder
 from phase4_bitnet.export.byte_tokenizer import BYTES, tokenizer_config, tokenizer_json
 from phase4_bitnet.export.layout import Layout, Ternary, Weights, decoder_layout, ternary_of
-from phase4_bitnet.export.report import (
-    ExportReport,
-    make_report,
-    optional,
-    outputs_of,
-    required,
-    sample_for,
-    version_of,
-)
+from phase4_bitnet.export.libraries import optional, required, version_of
+from phase4_bitnet.export.report import ExportReport, make_report
+from phase4_bitnet.export.samples import outputs_of, sample_for
 from phase4_bitnet.layers import NORM_EPS, BitLinear, TernaryWeight, ternary_layers
 from phase4_bitnet.packing import decode_2bit, pack_codes
 from phase4_bitnet.store import latent_of, unwrap
@@ -106,17 +100,20 @@ def export_huggingface(
     if "tokenizer.json" in files:
         files["tokenizer_config.json"] = _json(tokenizer_config())
 
+    outputs = None
+
     def write(temporary: Path) -> None:
+        nonlocal outputs
         for name, data in files.items():
             write_file(temporary / name, [data])
+        # Before the folder takes its place: what does not load replaces nothing.
+        if optional("transformers") is not None and optional("accelerate") is not None:
+            inputs = sample_for(model) if sample is None else sample
+            outputs = outputs_of(model, inputs), _loaded_outputs(temporary, path, layout, inputs)
 
     write_folder(path, write)
-    if optional("transformers") is None or optional("accelerate") is None:
-        return make_report("huggingface", path, model, None, None)
-    sample = sample_for(model) if sample is None else sample
-    theirs = _loaded_outputs(path, layout, sample)
-    outputs = outputs_of(model, sample), theirs
-    return make_report("huggingface", path, model, version_of("transformers"), outputs)
+    checked = version_of("transformers") if outputs else None
+    return make_report("huggingface", path, model, checked, outputs)
 
 
 def load_huggingface(folder: str | Path) -> nn.Module:
@@ -297,13 +294,23 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n").encode()
 
 
-def _loaded_outputs(path: Path, layout: Layout, sample: Tensor) -> Tensor:
-    """Logits of what transformers loads, whose weights have to be exactly those that were written."""
+def _loaded_outputs(folder: Path, path: Path, layout: Layout, sample: Tensor) -> Tensor:
+    """Logits of what transformers loads from a folder, whose weights have to be exactly those written.
+
+    Args:
+        folder: where the files are.
+        path: where they will be, for messages.
+        layout: what was written.
+        sample: token ids.
+
+    Raises:
+        ValueError: something is missing, or a weight is another.
+    """
     import transformers
 
     with _quiet(transformers), torch.compiler.set_stance("force_eager"):
         kind = getattr(transformers, layout.config["architectures"][0])
-        loaded, info = kind.from_pretrained(path, local_files_only=True, output_loading_info=True)
+        loaded, info = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
                 raise ValueError(

@@ -17,18 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, library, nn
 
+from phase4_bitnet.export.libraries import optional, required, version_of
 from phase4_bitnet.export.portable import dynamic_dimensions, portable_model
-from phase4_bitnet.export.report import (
-    ExportReport,
-    longest_input,
-    make_report,
-    new_file,
-    optional,
-    outputs_of,
-    required,
-    sample_for,
-    version_of,
-)
+from phase4_bitnet.export.report import ExportReport, make_report, new_file
+from phase4_bitnet.export.samples import longest_input, outputs_of, sample_for
 from phase4_bitnet.int8_matmul import int8_matmul
 from phase4_bitnet.store import unwrap
 

@@ -18,14 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phase4_bitnet.export.portable import dynamic_dimensions, portable_model
-from phase4_bitnet.export.report import (
-    ExportReport,
-    longest_input,
-    make_report,
-    new_file,
-    outputs_of,
-    sample_for,
-)
+from phase4_bitnet.export.report import ExportReport, make_report, new_file
+from phase4_bitnet.export.samples import longest_input, outputs_of, sample_for
 from phase4_bitnet.layers import BitLinear
 from phase4_bitnet.store import unwrap
 
@@ -53,18 +47,19 @@ def export_torch(
 
     Example:
         >>> import tempfile
-        >>> from phase4_bitnet import build_model
-        >>> model = build_model("mlp", in_features=64, hidden=(128,), num_outputs=10)
+        >>> model = nn.Sequential(BitLinear(64, 10))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = export_torch(model, f"{folder}/model.pt2")
-        >>> report.largest_difference < 1e-4
-        True
+        ...     path = export_torch(model, f"{folder}/model.pt2", sample=torch.randn(2, 64)).path
+        ...     program = torch.export.load(path).module()
+        >>> program(torch.zeros(5, 64)).shape
+        torch.Size([5, 10])
     """
     path, model = Path(file), unwrap(model)
     for name, layer in model.named_modules():
         if isinstance(layer, BitLinear) and layer.in_features > EXACT_INNER:
             raise ValueError(
-                f"{name}: rows of {layer.in_features} weights; float32 is exact up to {EXACT_INNER}"
+                f"{name}: rows of {layer.in_features} weights, and the program's float32 sums are exact for "
+                f"rows of up to {EXACT_INNER}; use the format onnx, which sums in int32"
             )
     sample = (sample_for(model) if sample is None else sample).cpu()
     traced = portable_model(model, _exact_product, packed=True)

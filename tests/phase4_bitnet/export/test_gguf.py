@@ -6,28 +6,30 @@ import pytest
 import torch
 from torch import nn
 
+from exported import lively
 from phase4_bitnet import build_model, convert_model_to_bitnet
 from phase4_bitnet.export import export_gguf
 from phase4_bitnet.export import gguf as module
 from phase4_bitnet.export.byte_tokenizer import byte_characters
-from phase4_bitnet.export.gguf import tq1_0, tq2_0
+from phase4_bitnet.export.gguf import blocks_of
 from phase4_bitnet.export.llama_engine import LlamaEngine, log_probabilities_apart
 from phase4_bitnet.ternary import quantize_weight
 
 SMALL = {"vocab_size": 256, "dim": 256, "layers": 2, "heads": 4, "mlp_ratio": 2, "max_length": 128}
 
 
-def lively(model):
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.05 if p.dim() > 1 else 0.3))
-    return model.eval()
-
-
 def small(**options):
     torch.manual_seed(0)
-    return lively(build_model("llama", **{**SMALL, **options}))
+    return lively(build_model("llama", **{**SMALL, **options}), weights=0.05)
+
+
+def hf_llama(kind="LlamaForCausalLM", **options):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        **options,
+    )  # fmt: skip
+    return convert_model_to_bitnet(getattr(transformers, kind)(config), norm=False)
 
 
 def tensors(path):
@@ -46,7 +48,7 @@ class TestBlocks:
         golden[0] = 0b01_10_00_10
         golden[32] = 0b01_01_01_00
         golden[63] = 0b10_01_01_01
-        assert tq2_0(self.CODES, 0.5).tobytes() == bytes(golden) + b"\x00\x38"  # 0.5 in float16
+        assert blocks_of(self.CODES, 0.5, "TQ2_0").tobytes() == bytes(golden) + b"\x00\x38"  # 0.5 in float16
 
     def test_golden_bytes_of_tq1_0(self):
         # Five zeros are the digits 11111 in base 3, 121, stored as ceil(121 * 256 / 243) = 128; four and a
@@ -55,19 +57,19 @@ class TestBlocks:
         # 255: digits 1 1 1 2 and 0 = 81 + 27 + 9 + 6 = 123, stored as ceil(123 * 256 / 243) = 130.
         golden = bytearray(b"\x80" * 48 + b"\x7f" * 4)
         golden[0], golden[51] = 193, 130
-        assert tq1_0(self.CODES, 0.5).tobytes() == bytes(golden) + b"\x00\x38"
+        assert blocks_of(self.CODES, 0.5, "TQ1_0").tobytes() == bytes(golden) + b"\x00\x38"
 
-    @pytest.mark.parametrize(("pack", "kind"), [(tq2_0, "TQ2_0"), (tq1_0, "TQ1_0")])
+    @pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0"])
     @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-    def test_the_library_reads_codes_times_scale(self, pack, kind, share):
+    def test_the_library_reads_codes_times_scale(self, kind, share):
         rng = np.random.default_rng(0)
         codes = rng.choice([-1, 0, 1], (5, 768), p=[share / 2, 1 - share, share / 2]).astype(np.int8)
         scale = float(np.float16(0.01234))
-        kind = gguf.GGMLQuantizationType[kind]
+        blocks, kind = blocks_of(codes, scale, kind), gguf.GGMLQuantizationType[kind]
         weight = codes.astype(np.float32) * np.float32(scale)
-        assert np.array_equal(gguf.dequantize(pack(codes, scale), kind), weight)
+        assert np.array_equal(gguf.dequantize(blocks, kind), weight)
         if share:  # a block without a code keeps its scale here, and loses it in the library
-            assert np.array_equal(gguf.quantize(weight, kind), pack(codes, scale))
+            assert np.array_equal(gguf.quantize(weight, kind), blocks)
 
     def test_a_file_that_llama_cpp_gives_up_on_is_an_error_and_no_crash(self, tmp_path):
         (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
@@ -128,7 +130,9 @@ class TestExport:
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
         )  # fmt: skip
         torch.manual_seed(0)
-        model = lively(convert_model_to_bitnet(transformers.LlamaForCausalLM(config), norm=False))
+        model = lively(
+            convert_model_to_bitnet(transformers.LlamaForCausalLM(config), norm=False), weights=0.05
+        )
         report = export_gguf(model, tmp_path / "m.gguf")
         assert report.largest_difference < 0.03 * report.largest_output
 
@@ -148,7 +152,7 @@ class TestExport:
         assert "no vocabulary" in report.notes[0]
 
     def test_a_file_that_reads_back_otherwise_is_no_file(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(module._BLOCKS, "TQ2_0", lambda codes, scale: tq2_0(-codes, scale))
+        monkeypatch.setitem(module._BLOCKS, "TQ2_0", lambda codes: module._tq2_0(-codes))
         with pytest.raises(ValueError, match="read back is not what was written"):
             export_gguf(small(), tmp_path / "m.gguf")
         assert list(tmp_path.iterdir()) == []
@@ -171,7 +175,12 @@ class TestExport:
     @pytest.mark.parametrize(
         ("make", "message"),
         [
-            (lambda: build_model("decoder", vocab_size=256, dim=256), "train with model='llama'"),
+            (lambda: build_model("decoder", vocab_size=256, dim=256), "architecture='llama'"),
+            (lambda: hf_llama(hidden_act="gelu"), "hidden_act='gelu'"),
+            (
+                lambda: hf_llama("LlamaForSequenceClassification"),
+                r"a LlamaForSequenceClassification has another head .*use a LlamaForCausalLM",
+            ),
             (lambda: small(num_classes=2), "has a head for classes"),
             (lambda: nn.Linear(2, 2), "no causal language model"),
         ],

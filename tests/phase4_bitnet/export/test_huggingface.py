@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from exported import assert_close, lively
 from phase4_bitnet import BitLinear, build_model, convert_model_to_bitnet, save_compressed_model
 from phase4_bitnet.export import export_huggingface, load_huggingface
 from phase4_bitnet.export import huggingface as module
@@ -33,15 +34,6 @@ def eager():
         yield
 
 
-def lively(model):
-    """Weights and gains that hide no term of the formula, as after training."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.1 if p.dim() > 1 else 0.3))
-    return model.eval()
-
-
 def tiny(name="llama", **options):
     torch.manual_seed(0)
     return lively(build_model(name, **{**TINY, **options}))
@@ -54,13 +46,6 @@ def hf_llama(**options):
 
 def tokens(rows=4, length=20):
     return torch.randint(256, (rows, length), generator=torch.Generator().manual_seed(3))
-
-
-def assert_close(ours, theirs):
-    """Equal to float rounding at most places; where a value falls to the next int8 step, near."""
-    rows = (ours - theirs).detach().abs().flatten(0, -2).amax(-1)
-    assert float(rows.median()) < 1e-5
-    assert float(rows.max()) < 0.1 * float(ours.detach().abs().max())
 
 
 class TestPacking:
@@ -136,6 +121,7 @@ class TestExport:
         monkeypatch.setattr(module, "pack_rows", lambda codes: pack_rows(-codes))
         with pytest.raises(ValueError, match="has other codes or another scale"):
             export_huggingface(tiny(), tmp_path / "m")
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
         ("make", "message"),

@@ -8,19 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from exported import assert_close, lively
 from phase4_bitnet import BitLinear, build_model, convert_model_to_bitnet
 from phase4_bitnet.export import export_onnx, export_torch
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
-
-
-def lively(model):
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * (0.1 if p.dim() > 1 else 0.3))
-    return model.eval()
 
 
 def features():
@@ -79,13 +72,6 @@ def run_onnx(path, x):
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
-
-
-def assert_close(ours, theirs):
-    """Equal to float rounding at most places; where a value falls to the next int8 step, near."""
-    rows = (ours - theirs).detach().abs().flatten(0, -2).amax(-1)
-    assert float(rows.median()) < 1e-5
-    assert float(rows.max()) < 0.1 * float(ours.detach().abs().max())
 
 
 @cases
@@ -194,6 +180,9 @@ def test_refusals(tmp_path):
     class Own(BitLinear):
         def forward(self, x):
             return super().forward(x) + 1
+
+    with pytest.raises(ValueError, match=r"rows of 140000 weights.* up to 132104; use the format onnx"):
+        export_torch(nn.Sequential(BitLinear(140_000, 1)), tmp_path / "m")
 
     with pytest.raises(ValueError, match="a Own with a forward of its own"):
         export_torch(nn.Sequential(Own(20, 4)), tmp_path / "m", sample=features())
