@@ -21,6 +21,7 @@ LEAVES = {
     for name in (
         "background",
         "batches",
+        "checkpoint_parts",
         "device_feed",
         "distributed",
         "errors",
@@ -38,6 +39,7 @@ LEAVES = {
         "records",
         "signals",
         "slow_average",
+        "tensor_files",
     )
 }
 # Parts of the loop that live outside pipeline/: they import leaves only, so pipeline/ may import them.

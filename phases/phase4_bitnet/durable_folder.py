@@ -30,18 +30,30 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: the disk is full, failing or not writable; what was there before stays.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep(folder.parent, folder.name)
-    new, old = _temporary(folder, "new"), _temporary(folder, "old")
-    new.mkdir()
+    new = begin_folder(folder)
     try:
         write(new)
-        _sync_folder(new)
-        _take_place(new, folder, old)
-        _sync_folder(folder.parent)
+        finish_folder(new, folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def begin_folder(folder: Path) -> Path:
+    """The temporary folder in which the files of ``folder`` are to be written; see :func:`write_folder`."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent, folder.name)
+    new = _temporary(folder, "new")
+    new.mkdir()
+    return new
+
+
+def finish_folder(new: Path, folder: Path) -> None:
+    """Give what :func:`begin_folder` made, now that its files are written, its place."""
+    old = _temporary(folder, "old")
+    _sync_folder(new)
+    _take_place(new, folder, old)
+    _sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

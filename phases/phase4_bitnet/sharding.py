@@ -127,6 +127,11 @@ class GatheredCodes(Tensor):
         return int8_codes(self.packed, self.shape).to(self.dtype) * self.scale.to(self.dtype)
 
 
+def plain_rows(value: Tensor) -> Tensor:
+    """The rows of a sharded latent as the plain tensor whose memory it shares; any other tensor itself."""
+    return value.rows if isinstance(value, ShardedLatent) else value
+
+
 def int8_codes(codes: Tensor, shape: Sequence[int]) -> Tensor:
     """Codes as int8: as they are, or unpacked where they are uint8.
 

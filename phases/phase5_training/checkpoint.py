@@ -5,6 +5,10 @@
         state.json              the state's structure, with references to the tensors
         manifest.json           versions, step, size and SHA-256 of the two files; written last
 
+Where each of several processes has rows of the weights (``parallel="fsdp"``), each writes what it has, and in
+place of the first file there are ``shard-00001-model-00001-of-00001.safetensors`` and so on
+(:mod:`phase5_training.checkpoint_parts`). Any number of processes reads either kind.
+
 A checkpoint appears by one rename of a finished, synced folder (:mod:`phase4_bitnet.durable_folder`), so
 a folder with that name is whole unless the disk failed it; the hashes, which are of what was in memory,
 tell. It counts as saved once it was read back from the disk, and only then are older ones removed. What
@@ -12,15 +16,17 @@ killed saves leave behind is swept by the next save or resume. A checkpoint that
 ``damaged-step-...`` once an older one has taken its place.
 """
 
+import contextlib
 import errno
 import hashlib
 import itertools
 import json
 import os
 import platform
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,36 +35,27 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from phase4_bitnet.durable_folder import recover, remove_folder, sweep, write_file, write_folder
+from phase4_bitnet.sharding import plain_rows
 from phase5_training.background import BackgroundTask
-from phase5_training.errors import ForgeError
+from phase5_training.errors import ForgeError, first_line
+from phase5_training.tensor_files import DTYPES, tensor_file
 
-FORMAT = 1
+FORMAT, FORMAT_OF_PARTS = 1, 2
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _PREFIX, _DAMAGED, _SUPERSEDED = "step-", "damaged-", "superseded-"
-_LARGEST_MANIFEST = 2**20  # bytes; ours have a few hundred
+_SHARD = re.compile(r"shard-\d{5}-model-00001-of-00001\.safetensors")
+_LARGEST_MANIFEST = 2**20  # bytes; ours have a few hundred, and 150 more for each process
 _SPARE = 2**20  # bytes that must stay free, for folders, records and the report
 # The keys that mark what JSON has no word for.
 _TENSOR, _ARRAY, _TUPLE, _ITEMS = "__tensor__", "__array__", "__tuple__", "__items__"
-_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.uint16: "U16",
-    torch.int16: "I16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint32: "U32",
-    torch.int32: "I32",
-    torch.float32: "F32",
-    torch.complex64: "C64",
-    torch.uint64: "U64",
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
+# What a hostile file makes torch and safetensors raise, a process that runs out of memory included.
+_UNREADABLE = (
+    SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, AssertionError,
+    RuntimeError, RecursionError, MemoryError,
+)  # fmt: skip
 
 
 class CheckpointError(ForgeError, ValueError):
@@ -77,11 +74,13 @@ class Snapshot:
         step: the optimizer step.
         tree: the state's structure, JSON.
         tensors: copies on the CPU, contiguous.
+        wholes: whole shapes of those of which this process has rows.
     """
 
     step: int
     tree: bytes
     tensors: Mapping[str, Tensor]
+    wholes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def take_snapshot(state: Mapping[str, Any], *, step: int) -> Snapshot:
@@ -95,8 +94,9 @@ def take_snapshot(state: Mapping[str, Any], *, step: int) -> Snapshot:
         TypeError: the state holds something else.
     """
     tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_encode(state, tensors, {}, "state"), allow_nan=True).encode()
-    return Snapshot(step=step, tree=tree, tensors=tensors)
+    wholes: dict[str, Sequence[int]] = {}
+    tree = json.dumps(_encode(state, tensors, wholes, {}, "state"), allow_nan=True).encode()
+    return Snapshot(step=step, tree=tree, tensors=tensors, wholes=wholes)
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
@@ -108,24 +108,42 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
     """
 
     def write(temporary: Path) -> None:
-        files = {
-            TENSORS: write_file(temporary / TENSORS, _tensor_file(snapshot.tensors)),
-            STATE: write_file(temporary / STATE, [snapshot.tree]),
-        }
-        manifest = {"format": FORMAT, "step": snapshot.step, "versions": _versions(), "files": files}
-        write_file(temporary / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+        tensors = write_file(temporary / TENSORS, tensor_file(snapshot.tensors))
+        write_rest(temporary, snapshot, {TENSORS: tensors}, FORMAT)
 
-    try:
+    with not_saved(folder, snapshot.step):
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent)
-        needed = len(snapshot.tree) + sum(t.nbytes for t in snapshot.tensors.values()) + _SPARE
-        free = shutil.disk_usage(folder.parent).free
-        if free < needed:
-            raise OSError(errno.ENOSPC, f"it needs {_megabytes(needed)} and {_megabytes(free)} are free")
+        check_room(folder.parent, len(snapshot.tree) + sum(t.nbytes for t in snapshot.tensors.values()))
         write_folder(folder, write)
+
+
+def write_rest(
+    temporary: Path, snapshot: Snapshot, files: Mapping[str, Mapping[str, int | str]], kind: int
+) -> None:
+    """Write the structure of a state, and the manifest, beside the files that hold its tensors."""
+    listed = {**files, STATE: write_file(temporary / STATE, [snapshot.tree])}
+    manifest = {"format": kind, "step": snapshot.step, "versions": _versions(), "files": listed}
+    write_file(temporary / MANIFEST, [json.dumps(manifest, indent=2).encode()])
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise an OSError where a disk has fewer free bytes than are ``needed``, and some to spare."""
+    needed, free = needed + _SPARE, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"it needs {_megabytes(needed)} and {_megabytes(free)} are free")
+
+
+@contextlib.contextmanager
+def not_saved(folder: Path, step: int) -> Iterator[None]:
+    """Inside, an OSError becomes a :class:`NotSavedError` about the checkpoint of ``step``."""
+    try:
+        yield
+    except NotSavedError:
+        raise
     except OSError as error:
         failed = NotSavedError(
-            f"the checkpoint of step {snapshot.step} cannot be written to {folder} "
+            f"the checkpoint of step {step} cannot be written to {folder} "
             f"({error.strerror or error}); the ones before it are whole: make room there, then resume the run"
         )
         failed.errno = error.errno
@@ -152,11 +170,15 @@ def save_checkpoint(folder: str | os.PathLike[str], state: Mapping[str, Any], *,
     return folder
 
 
-def load_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def load_checkpoint(
+    folder: str | os.PathLike[str], *, mesh: Any = None, share: tuple[int, int] = (0, 1)
+) -> dict[str, Any]:
     """Read and verify a checkpoint.
 
     Args:
-        folder: as written by :func:`save_checkpoint`.
+        folder: as written by :func:`save_checkpoint`, or in parts.
+        mesh: of CPUs, one for each process: what was written in parts is read in as many; else whole.
+        share: for :func:`verify`.
 
     Returns:
         The state, tensors on the CPU.
@@ -165,19 +187,31 @@ def load_checkpoint(folder: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: a file is missing, has another hash, or cannot be read.
     """
     folder = Path(folder)
-    verify(folder)
+    whole = TENSORS in verify(folder, share)
     try:
-        tensors = load_file(folder / TENSORS)
+        if whole:
+            tensors = load_file(folder / TENSORS)
+        else:
+            from phase5_training.checkpoint_parts import load_parts
+
+            tensors = load_parts(folder, mesh)
         state = _decode(json.loads((folder / STATE).read_bytes()), tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{folder} cannot be read ({error}); use another checkpoint") from error
+    except _UNREADABLE as error:
+        raise CheckpointError(
+            f"{folder} cannot be read ({first_line(error)}); use another checkpoint"
+        ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{folder}/{STATE} holds no mapping; use another checkpoint")
     return state
 
 
-def verify(folder: Path) -> int:
-    """Check a checkpoint against its manifest; returns its step.
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Check a checkpoint against its manifest; returns the names of the files that hold its tensors.
+
+    Args:
+        folder: of the checkpoint.
+        share: (i, n), for process i of n that share the work: of several such files only the i-th and each
+            n-th from there on are read.
 
     Raises:
         CheckpointError: what is wrong, and what to do.
@@ -186,29 +220,52 @@ def verify(folder: Path) -> int:
         if (folder / MANIFEST).stat().st_size > _LARGEST_MANIFEST:
             raise ValueError(f"it has more than {_LARGEST_MANIFEST} bytes")
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in (FORMAT, FORMAT_OF_PARTS):
             raise CheckpointError(
-                f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT}; "
-                "resume with the version that wrote it"
+                f"{folder} has checkpoint format {manifest['format']}, this version reads {FORMAT} and "
+                f"{FORMAT_OF_PARTS}; resume with the version that wrote it"
             )
-        # Only these two names are ever opened, whatever a manifest lists.
-        if sorted(manifest["files"]) != sorted((TENSORS, STATE)):
+        tensors = sorted(manifest["files"].keys() - {STATE})
+        # Only names like these are ever opened, whatever a manifest lists.
+        if manifest["format"] == FORMAT:
+            known, share = tensors == [TENSORS], (0, 1)
+        else:
+            # All that lie there are read, so all have to have been written with it.
+            lying = sorted(path.name for path in folder.glob("*.safetensors"))
+            known = bool(tensors) and all(_SHARD.fullmatch(n) for n in tensors) and lying == tensors
+        if not known or STATE not in manifest["files"]:
             raise ValueError("it lists other files than a checkpoint has")
-        for name in (TENSORS, STATE):
+        for name in (*tensors[share[0] :: share[1]], STATE):
             wanted = manifest["files"][name]
             if (folder / name).stat().st_size != wanted["bytes"] or _sha256(folder / name) != wanted[
                 "sha256"
             ]:
                 raise CheckpointError(f"{folder}/{name} does not match its hash; use another checkpoint")
-        return int(manifest["step"])
+        int(manifest["step"])
+        return tensors
     except FileNotFoundError as error:
         missing = error.filename or MANIFEST
         raise CheckpointError(f"{missing} is missing: no whole checkpoint there; use another one") from error
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} has no readable manifest ({error}); use another checkpoint"
+        ) from error
+
+
+def read_back(folder: Path, step: int, share: tuple[int, int] = (0, 1)) -> None:
+    """Check that the disk holds what has just been written; ``share`` as for :func:`verify`.
+
+    Raises:
+        NotSavedError: it does not.
+    """
+    try:
+        verify(folder, share)
+    except CheckpointError as error:
+        raise NotSavedError(
+            f"the checkpoint of step {step} reads back as something else ({error}); "
+            "the ones before it are whole: check the disk, then resume the run"
         ) from error
 
 
@@ -267,13 +324,7 @@ class CheckpointStore:
     def _write(self, snapshot: Snapshot, suspect: int | None = None) -> Path:
         step, path = snapshot.step, self.path(snapshot.step)
         write_snapshot(path, snapshot)
-        try:
-            verify(path)
-        except CheckpointError as error:
-            raise NotSavedError(
-                f"the checkpoint of step {step} reads back as something else ({error}); "
-                "the ones before it are whole: check the disk, then resume the run"
-            ) from error
+        read_back(path, step)
         self.prune(suspect)
         return path
 
@@ -291,16 +342,16 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none.
         """
-        sweep(self.folder)
+        self._sweep()
         damaged: list[tuple[Path, str]] = []
         for path in reversed(self.paths()):
             try:
-                state = load_checkpoint(path)
+                state = self._read(path)
             except CheckpointError as error:
                 damaged.append((path, str(error)))
                 continue
             for bad, reason in damaged:
-                refused(f"{reason}; renamed to {_put_aside(bad, _DAMAGED).name}")
+                refused(f"{reason}; renamed to {self._put_aside(bad, _DAMAGED).name}")
             return path, state
         why = "".join(f"; {reason}" for _, reason in damaged)
         raise CheckpointError(
@@ -314,11 +365,11 @@ class CheckpointStore:
         Raises:
             CheckpointError: it is none of this run, or does not verify.
         """
-        sweep(self.folder)
+        self._sweep()
         if path.resolve().parent != self.folder.resolve() or not _is_checkpoint(path):
             have = ", ".join(p.name for p in self.paths()) or "none"
             raise CheckpointError(f"{path} is no checkpoint of this run; it has {have}")
-        return load_checkpoint(path)
+        return self._read(path)
 
     def set_aside(self, after: Path) -> list[str]:
         """Rename the checkpoints newer than one to ``superseded-step-...``, so that it is the newest.
@@ -327,7 +378,7 @@ class CheckpointStore:
             What was done with each, in words.
         """
         newer = [p for p in self.paths() if _step(p) > _step(after)]
-        return [f"{p} was passed over; renamed to {_put_aside(p, _SUPERSEDED).name}" for p in newer]
+        return [f"{p} was passed over; renamed to {self._put_aside(p, _SUPERSEDED).name}" for p in newer]
 
     def rewind(self, before: int) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint of fewer than ``before`` steps that verifies; those after it are removed.
@@ -339,12 +390,12 @@ class CheckpointStore:
             if _step(path) >= before:
                 continue
             try:
-                state = load_checkpoint(path)
+                state = self._read(path)
             except CheckpointError:
                 continue
             for newer in self.paths():
                 if _step(newer) > _step(path):
-                    remove_folder(newer)
+                    self._remove(newer)
             return path, state
         return None
 
@@ -354,7 +405,23 @@ class CheckpointStore:
         sound = [p for p in paths if suspect is not None and _step(p) < suspect]
         for old in paths[: -self.keep]:
             if old not in sound[-1:]:
-                remove_folder(old)
+                self._remove(old)
+
+    # What processes that share the checkpoints do together: phase5_training.shared_checkpoints.
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        return load_checkpoint(path)
+
+    def _sweep(self) -> None:
+        sweep(self.folder)
+
+    def _put_aside(self, path: Path, mark: str) -> Path:
+        names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
+        free = next(n for n in names if not (path.parent / f"{mark}{n}").exists())
+        return path.rename(path.parent / f"{mark}{free}")
+
+    def _remove(self, path: Path) -> None:
+        remove_folder(path)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -365,13 +432,13 @@ def _step(path: Path) -> int:
     return int(path.name[len(_PREFIX) :])
 
 
-def _put_aside(path: Path, mark: str) -> Path:
-    names = itertools.chain([path.name], (f"{path.name}-{i}" for i in itertools.count(2)))
-    free = next(n for n in names if not (path.parent / f"{mark}{n}").exists())
-    return path.rename(path.parent / f"{mark}{free}")
-
-
-def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, tuple[str, Tensor]], path: str) -> Any:
+def _encode(
+    value: Any,
+    tensors: dict[str, Tensor],
+    wholes: dict[str, Sequence[int]],
+    seen: dict[Any, tuple[str, Tensor]],
+    path: str,
+) -> Any:
     """The value as JSON, with its tensors moved to ``tensors``; one that occurs twice is stored once."""
     if value is None or isinstance(value, (bool, str, int, float)):
         return value
@@ -380,7 +447,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, tuple[str, T
     if isinstance(value, np.ndarray):
         tensors[path] = torch.from_numpy(np.array(value, order="C"))
         return {_ARRAY: path}
-    if isinstance(value, Tensor) and value.dtype in _DTYPES:
+    if isinstance(value, DTensor):
+        wholes[path], value = tuple(value.shape), plain_rows(value._local_tensor)
+    if isinstance(value, Tensor) and value.dtype in DTYPES:
         key = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride()) if value.numel() else path
         if key not in seen:
             # With the tensor: the address of one that is freed is given to the next.
@@ -390,10 +459,10 @@ def _encode(value: Any, tensors: dict[str, Tensor], seen: dict[Any, tuple[str, T
         return {_TENSOR: seen[key][0]}
     if isinstance(value, Mapping):
         if all(isinstance(k, str) and not k.startswith("__") for k in value):
-            return {k: _encode(v, tensors, seen, f"{path}.{k}") for k, v in value.items()}
-        return {_ITEMS: [[k, _encode(v, tensors, seen, f"{path}.{k}")] for k, v in value.items()]}
+            return {k: _encode(v, tensors, wholes, seen, f"{path}.{k}") for k, v in value.items()}
+        return {_ITEMS: [[k, _encode(v, tensors, wholes, seen, f"{path}.{k}")] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
-        items = [_encode(v, tensors, seen, f"{path}.{i}") for i, v in enumerate(value)]
+        items = [_encode(v, tensors, wholes, seen, f"{path}.{i}") for i, v in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
     raise TypeError(
         f"{path} is a {type(value).__name__}; a checkpoint holds tensors, arrays, numbers, strings, "
@@ -415,25 +484,6 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if _ITEMS in value:
         return {k: _decode(v, tensors) for k, v in value[_ITEMS]}
     return {k: _decode(v, tensors) for k, v in value.items()}
-
-
-def _tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The pieces of a safetensors file, so that it is hashed and written without another copy in memory.
-
-    Source: https://github.com/huggingface/safetensors, section Format.
-    """
-    # Large elements first, so that all are aligned.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    header, start = {}, 0
-    for name, tensor in ordered:
-        place = [start, start + tensor.nbytes]
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        start = place[1]
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _versions() -> dict[str, str]:

@@ -65,6 +65,18 @@ class Ranks:
         """
         return work()
 
+    def by_all(self, work: Callable[[], T]) -> T:
+        """What ``work`` returned here, where it did on all ranks.
+
+        Raises:
+            Exception: what it raised here, or else on the first rank where it raised.
+        """
+        return work()
+
+    def apart(self) -> "Ranks":
+        """The same ranks, to agree on something beside the training, in a thread of its own; all call."""
+        return self
+
     def gathered(self, value: T) -> list[T]:
         """The values of all ranks, by rank, on all of them."""
         return [value]
@@ -89,19 +101,23 @@ class Ranks:
 
 
 class ProcessGroup(Ranks):
-    """This process among the others of torch's default process group.
+    """This process among the others of a process group of torch.
 
     Tensors on a CPU travel by gloo, also beside CUDA, so that agreeing never waits for the device.
+
+    Args:
+        group: of all ranks; None is the default group.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
 
     def chosen(self, value: T) -> T:
         """See :class:`Ranks`."""
         held = [value]
-        dist.broadcast_object_list(held, src=0)
+        dist.broadcast_object_list(held, src=0, group=self.group)
         return held[0]
 
     def by_first(self, work: Callable[[], T]) -> T:
@@ -119,10 +135,27 @@ class ProcessGroup(Ranks):
         self.chosen((True, found))
         return found
 
+    def by_all(self, work: Callable[[], T]) -> T:
+        """See :class:`Ranks`."""
+        try:
+            found = work()
+        except Exception as error:
+            told = error if isinstance(error, ForgeError) else OtherRankFailed(f"rank {self.rank}: {error}")
+            self.gathered(told)
+            raise
+        for failed in self.gathered(None):
+            if failed is not None:
+                raise failed
+        return found
+
+    def apart(self) -> Ranks:
+        """See :class:`Ranks`."""
+        return ProcessGroup(dist.new_group(backend="gloo", timeout=TIMEOUT))
+
     def gathered(self, value: T) -> list[T]:
         """See :class:`Ranks`."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def any(self, value: bool) -> bool:
@@ -141,7 +174,7 @@ class ProcessGroup(Ranks):
         sums = torch.cat([t.detach().double().reshape(-1) for t in tensors])
         if on_host:
             sums = torch.cat([sums, torch.tensor([float(failed)], dtype=torch.float64)])
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self.group)
         for t, total in zip(tensors, sums.split([t.numel() for t in tensors] + [1] * on_host), strict=False):
             t.copy_(total.view(t.shape))
         # Read on the host: a sum that is on the device would be waited for.
@@ -150,7 +183,7 @@ class ProcessGroup(Ranks):
     def level_(self, tensors: Sequence[Tensor]) -> None:
         """See :class:`Ranks`."""
         for tensor in tensors:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=self.group)
 
     def seed(self, *numbers: int) -> None:
         """See :class:`Ranks`."""
@@ -161,7 +194,7 @@ class ProcessGroup(Ranks):
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums, group=self.group)
         return sums.tolist()
 
 

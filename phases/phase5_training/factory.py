@@ -47,7 +47,7 @@ from phase5_training.errors import DataError, ForgeError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
-from phase5_training.parallel import checkpoints_of, on_ranks, seen_by_all, spread
+from phase5_training.parallel import on_ranks, seen_by_all, spread
 from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
 from phase5_training.pipeline.scheduler import GrokfastScheduler
@@ -67,6 +67,7 @@ from phase5_training.results import (
     result_record,
     session_record,
 )
+from phase5_training.shared_checkpoints import checkpoints_of
 from phase5_training.signals import end_when_stuck, stop_on_signals, stop_on_sigterm, stopped_by
 from phase5_training.trackers import check_trackers
 from phase5_training.tune import Tuning, check_tunable, tune
@@ -178,6 +179,8 @@ class TrainingPipeline:
             monitor=monitor,
             experiment_name=self.run_directory.path.name,
         )
+        parts = self._spread.traffic is not None
+        store = checkpoints_of(self.run_directory.checkpoints, config.keep_checkpoints, ranks, parts=parts)
         self.loop = TrainingLoop(
             self._spread.called,
             self.optimizer,
@@ -185,7 +188,7 @@ class TrainingPipeline:
             scheduler=GrokfastScheduler(self.optimizer, plan),
             validator=validator,
             early_stopping=early_stopping_of(config, monitor) if validator is not None else None,
-            checkpoints=checkpoints_of(self.run_directory.checkpoints, config.keep_checkpoints, ranks),
+            checkpoints=store,
             callbacks=self.callbacks,
             device=self.device,
             scaler=torch.amp.GradScaler("cuda") if use_amp and amp_dtype == torch.float16 else None,

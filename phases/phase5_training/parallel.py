@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from phase4_bitnet.layers import ternary_layers
-from phase5_training.background import BackgroundTask
 from phase5_training.batches import rows_of, to_device
-from phase5_training.checkpoint import CheckpointStore, load_checkpoint
 from phase5_training.config import TrainingConfig
 from phase5_training.distributed import Ranks, may_restart, restarts
 from phase5_training.errors import UsageError
@@ -26,7 +24,7 @@ from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.recorder import SilentRun
 from phase5_training.records import RunDirectory
-from phase5_training.sharded import ShardedOptimizer, Traffic, codes_travel, shard, whole_leaves, whole_state
+from phase5_training.sharded import ShardedOptimizer, Traffic, codes_travel, shard, whole_state
 
 # Of training with AdamW and a float32 slow average: latent, gradient, two moments, average, code.
 BYTES_A_WEIGHT = 4 + 4 + 8 + 4 + 1
@@ -99,7 +97,7 @@ class Spread:
         """The model to hand on: ``model``, or on the first rank the whole of its parts; all ranks call."""
         if self.traffic is None:
             return model
-        state = whole_state(model)
+        state = whole_state(model, keep=self.whole is not None)
         if self.whole is None:
             return model
         self.whole.load_state_dict(state)
@@ -224,67 +222,3 @@ def seen_by_all(path: Path, ranks: Ranks) -> RunDirectory:
             "system that all machines share"
         )
     return RunDirectory(path) if ranks.first else SilentRun(path)
-
-
-def checkpoints_of(folder: Path, keep: int, ranks: Ranks) -> Any:
-    """The checkpoints of a run: written by the first rank, read by all."""
-    store = CheckpointStore(folder=folder, keep=keep)
-    return store if ranks.alone else SharedCheckpoints(store, ranks)
-
-
-class SharedCheckpoints:
-    """Checkpoints that the first of several ranks writes, and all read; the methods of CheckpointStore.
-
-    Each is called by all ranks. The state is the same on all of them, but for what only the first keeps.
-
-    Args:
-        store: of the run's folder.
-        ranks: who shares it.
-    """
-
-    def __init__(self, store: CheckpointStore, ranks: Ranks) -> None:
-        self.store, self.ranks = store, ranks
-
-    def paths(self) -> list[Path]:
-        """See CheckpointStore."""
-        return self.ranks.by_first(self.store.paths)
-
-    def begin(self, state: Mapping[str, Any], step: int, suspect: int | None = None) -> BackgroundTask[Path]:
-        """See CheckpointStore; on other ranks than the first there is nothing to wait for."""
-        state = whole_leaves(state)
-        if self.ranks.first:
-            return self.store.begin(state, step, suspect)
-        return BackgroundTask(lambda: self.store.path(step))
-
-    def load(self, path: Path) -> dict[str, Any]:
-        """See CheckpointStore."""
-        self.ranks.by_first(lambda: self.store.load(path) and None)
-        return load_checkpoint(path)
-
-    def load_newest(
-        self, refused: Callable[[str], None] = lambda message: None
-    ) -> tuple[Path, dict[str, Any]]:
-        """See CheckpointStore; the first rank says which one it is."""
-        why: list[str] = []
-        path, reasons = self.ranks.by_first(lambda: (self.store.load_newest(why.append)[0], why))
-        for reason in reasons:
-            refused(reason)
-        return path, load_checkpoint(path)
-
-    def set_aside(self, after: Path) -> list[str]:
-        """See CheckpointStore."""
-        return self.ranks.by_first(lambda: self.store.set_aside(after))
-
-    def rewind(self, before: int) -> tuple[Path, dict[str, Any]] | None:
-        """See CheckpointStore."""
-
-        def path_of() -> Path | None:
-            found = self.store.rewind(before)
-            return None if found is None else found[0]
-
-        path = self.ranks.by_first(path_of)
-        return None if path is None else (path, load_checkpoint(path))
-
-    def prune(self, suspect: int | None = None) -> None:
-        """See CheckpointStore."""
-        self.ranks.by_first(lambda: self.store.prune(suspect))

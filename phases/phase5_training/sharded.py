@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from phase4_bitnet.layers import TernaryWeight, ternary_layers
-from phase4_bitnet.sharding import ShardedLatent, magnitudes, pack_rows
+from phase4_bitnet.sharding import ShardedLatent, magnitudes, pack_rows, plain_rows
 from phase4_bitnet.ternary import requantize_
 from phase5_training.config import TrainingConfig
 from phase5_training.distributed import Ranks
@@ -160,15 +160,22 @@ def codes_travel(layer: TernaryWeight) -> bool:
 def local_part(value: Tensor) -> Tensor:
     """This rank's rows, a plain tensor that shares their memory."""
     own = value._local_tensor if isinstance(value, DTensor) else value
-    return (own.rows if isinstance(own, ShardedLatent) else own).detach()
+    return plain_rows(own).detach()
 
 
-def rows_of_rank(whole: Tensor, like: DTensor) -> DTensor:
-    """The part of a whole tensor that this rank has of ``like``, without asking the others."""
+def rows_of_rank(value: Tensor, like: DTensor) -> DTensor:
+    """The part of a tensor that this rank has of ``like``, without asking the others.
+
+    Args:
+        value: whole, or rows of this rank as a checkpoint holds them.
+        like: of the same shape; where its rows are, these will be.
+    """
+    if isinstance(value, DTensor):
+        return as_part(local_part(value).to(like.device), like)
     mesh = like.device_mesh
-    chunks = torch.chunk(whole, mesh.size(), dim=0)
+    chunks = torch.chunk(value, mesh.size(), dim=0)
     rank = mesh.get_local_rank()
-    own = chunks[rank] if rank < len(chunks) else whole[:0]
+    own = chunks[rank] if rank < len(chunks) else value[:0]
     return as_part(own.to(like.device), like)
 
 
@@ -190,7 +197,7 @@ def _parts_of_whole(module: nn.Module, state: dict[str, Any], *rest: Any) -> Non
     for name in list(state):
         if name.endswith(_CODES) and name.rpartition(".")[0] + ".weight" in own:
             del state[name]
-        elif isinstance(own.get(name), DTensor) and not isinstance(state[name], DTensor):
+        elif isinstance(own.get(name), DTensor) and state[name].shape == own[name].shape:
             state[name] = rows_of_rank(state[name], own[name])  # type: ignore[arg-type]
 
 
@@ -307,9 +314,7 @@ class ShardedOptimizer(BitNetOptimizer):
             rows = {**saved, "state": dict(saved["state"])}
             for index, like, values in _indexed(optimizer, saved, whole):
                 rows["state"][index] = {
-                    name: local_part(v if isinstance(v, DTensor) else rows_of_rank(v, like))
-                    if isinstance(v, DTensor) or v.shape == like.shape
-                    else v
+                    name: local_part(rows_of_rank(v, like)) if v.shape == like.shape else v
                     for name, v in values.items()
                 }
             loaded.append(rows)
@@ -350,20 +355,11 @@ def _over_ranks(share: Tensor | None) -> Tensor | None:
     return share / dist.get_world_size()
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded model with whole weights, on the CPU; all ranks take part."""
-    return {
-        name: (v.full_tensor() if isinstance(v, DTensor) else v).detach().cpu()
-        for name, v in model.state_dict().items()
-    }
-
-
-def whole_leaves(value: Any) -> Any:
-    """A state with whole tensors on the CPU in place of parts, the same on all ranks; all take part."""
-    if isinstance(value, DTensor):
-        return value.full_tensor().detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: whole_leaves(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(whole_leaves(each) for each in value)
-    return value
+def whole_state(model: nn.Module, *, keep: bool = True) -> dict[str, Tensor]:
+    """The state of a sharded model with whole weights, on the CPU, where ``keep``; all ranks take part."""
+    state = {}
+    for name, value in model.state_dict().items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if keep:
+            state[name] = whole.detach().cpu()
+    return state

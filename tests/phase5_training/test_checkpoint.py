@@ -216,10 +216,10 @@ def test_a_checkpoint_left_aside_by_a_killed_replacement_is_recovered(tmp_path, 
 
 
 def test_every_type_of_tensor_comes_back(tmp_path):
-    import phase5_training.checkpoint as module
+    import phase5_training.tensor_files as module
 
     state = {}
-    for dtype in module._DTYPES:
+    for dtype in module.DTYPES:
         for shape in ((), (0, 3), (5,), (2, 3)):
             count = max(1, int(np.prod(shape)))
             bits = torch.randint(0, 2, (count * torch.empty((), dtype=dtype).element_size(),))

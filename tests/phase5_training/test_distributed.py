@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from phase5_training.config import load_yaml, parse_config
@@ -23,29 +24,54 @@ pytestmark = pytest.mark.usefixtures("no_report")
 SAME = 1e-5  # relative, over 50 steps of a ternary network: rounding and its growth
 
 
+DYING = """
+import os, signal, torch
+def make():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(13, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32),
+                              torch.nn.ReLU(), torch.nn.Linear(32, 3))
+    seen = []
+    def count(module, inputs):
+        if module.training:
+            seen.append(1)
+        if os.environ["RANK"] == "1" and os.environ.get("DIES_AT") == f"{len(seen)} of first life":
+            if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                os.kill(os.getpid(), signal.SIGKILL)
+    net.register_forward_pre_hook(count)
+    return net
+"""
+OF_DYING = (
+    "{batch_size: 24, max_steps: 40, eval_interval: 20, checkpoint_interval: 10, log_interval: 1, "
+    "use_amp: false, compile: false, model: 'dying:make', optimizer: adamw, grokfast_alpha: 0.9, "
+    "learning_rate: 0.01, device: cpu}"
+)
+
+
 @pytest.fixture(scope="session")
-def ranks_folder(tmp_path_factory):
+def ranks_folder(tmp_path_factory, task_files):
     """Return the folder of all runs of this file."""
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="session")
-def two(ranks_folder):
-    """Return what two ranks found."""
-    names = ["equal", "again", "numbers", "tokens", "micro", "bf16", "stopped", "memory", "nonfinite"]
-    return run_jobs(ranks_folder, 2, "ddp", *names)
+    folder = tmp_path_factory.mktemp("ranks")
+    train, validation = task_files("wine")
+    (folder / "dying.py").write_text(DYING)
+    (folder / "run.yaml").write_text(OF_DYING)
+    words = ["train", str(folder / "run.yaml"), "--train-data-path", train, "--val-data-path", validation]
+    (folder / "words.json").write_text(json.dumps(words))
+    return folder
 
 
 @pytest.fixture(scope="session")
 def four(ranks_folder):
     """Return what four ranks found."""
-    return run_jobs(ranks_folder, 4, "ddp", "equal", "half")
+    return run_jobs(ranks_folder, 4, "ddp.equal", "ddp.half", "fsdp.half")
 
 
 @pytest.fixture(scope="session")
-def parts(ranks_folder):
-    """Return what two ranks found that have parts of the model."""
-    return run_jobs(ranks_folder, 2, "fsdp", "equal", "muon", "stopped", "half")
+def two(ranks_folder, four):
+    """Return what two ranks found, who also go on with what four began."""
+    names = ["equal", "again", "numbers", "tokens", "micro", "bf16", "stopped", "memory", "nonfinite", "rest"]
+    names += ["rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
+    parts = ["equal", "muon", "stopped", "rest", "rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
+    return run_jobs(ranks_folder, 2, *(f"ddp.{n}" for n in names), *(f"fsdp.{n}" for n in parts))
 
 
 def one(name, folder):
@@ -66,123 +92,131 @@ def test_1_2_and_4_ranks_with_the_same_batches_give_the_same_run(two, four, tmp_
     assert len(alone["losses"]) == 50
     assert alone["losses"][-1] < 0.6 * alone["losses"][0]
     for ranks in (two, four):
-        assert_same_run(ranks[0]["equal"], alone)
-        assert [r["equal"]["losses"] for r in ranks] == [ranks[0]["equal"]["losses"]] * len(ranks)
-        assert ranks[0]["equal"]["samples"] == alone["samples"]
+        assert_same_run(ranks[0]["ddp.equal"], alone)
+        assert [r["ddp.equal"]["losses"] for r in ranks] == [ranks[0]["ddp.equal"]["losses"]] * len(ranks)
+        assert ranks[0]["ddp.equal"]["samples"] == alone["samples"]
 
 
 @pytest.mark.parametrize("name", ["equal", "muon"])
-def test_two_ranks_with_parts_of_the_model_give_the_same_run(parts, tmp_path, name):
-    assert_same_run(parts[0][name], one(name, tmp_path))
+def test_two_ranks_with_parts_of_the_model_give_the_same_run(two, tmp_path, name):
+    assert_same_run(two[0][f"fsdp.{name}"], one(name, tmp_path))
 
 
-def test_parts_travel_as_codes(parts):
+def test_parts_travel_as_codes(two):
     """In float32 the two hidden latents alone would take 2816 bytes of a rank in each forward."""
-    assert parts[0]["equal"]["gathered"] / 50 < 2816 / 3
-
-
-def test_parts_stop_and_go_on_with_the_same_bits_and_as_one_whole(parts, ranks_folder, tmp_path):
-    first, rest = parts[0]["stopped"]["first"], parts[0]["stopped"]["rest"]
-    assert first["losses"] + rest["losses"] == parts[0]["equal"]["losses"]
-    shutil.copytree(ranks_folder / "fsdp-2" / "half", tmp_path / "half")
-    alone = jobs.rest(tmp_path / "rest", "ddp")
-    losses = parts[0]["half"]["losses"] + alone["losses"]
-    assert losses == pytest.approx(parts[0]["equal"]["losses"], rel=SAME)
+    assert two[0]["fsdp.equal"]["gathered"] / 50 < 2816 / 3
 
 
 def test_the_same_ranks_give_the_same_bits_again(two):
-    assert two[0]["equal"] == two[0]["again"]
+    assert two[0]["ddp.equal"] == two[0]["ddp.again"]
 
 
 @pytest.mark.parametrize("name", ["numbers", "tokens", "micro"])
 def test_figures_are_means_over_all_samples_and_tokens(two, tmp_path, name):
     """r2 is taken around one mean, perplexity over tokens of which the ranks have different numbers."""
-    assert_same_run(two[0][name], one(name, tmp_path))
+    assert_same_run(two[0][f"ddp.{name}"], one(name, tmp_path))
 
 
 def test_gradients_in_bfloat16_stay_near(two):
-    near, exact = two[0]["bf16"]["losses"], two[0]["equal"]["losses"]
+    near, exact = two[0]["ddp.bf16"]["losses"], two[0]["ddp.equal"]["losses"]
     assert near != exact
     assert near[:10] == pytest.approx(exact[:10], rel=0.05)
 
 
-def test_a_stop_that_one_rank_asks_for_is_that_of_all_and_changes_nothing(two):
-    first, rest = two[0]["stopped"]["first"], two[0]["stopped"]["rest"]
-    assert [r["stopped"]["first"]["steps"] for r in two] == [8, 8]
-    assert first["stop_reason"] == "interrupted"
-    assert first["losses"] + rest["losses"] == two[0]["equal"]["losses"]
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_stop_that_one_rank_asks_for_is_that_of_all_and_changes_nothing(two, mode):
+    found = [r[f"{mode}.stopped"] for r in two]
+    assert [f["first"]["steps"] for f in found] == [8, 8]
+    assert found[0]["first"]["stop_reason"] == "interrupted"
+    assert found[0]["first"]["losses"] + found[0]["rest"]["losses"] == two[0][f"{mode}.equal"]["losses"]
 
 
 def test_lack_of_memory_on_one_rank_halves_the_micro_batch_of_all(two):
     for rank in two:
-        assert rank["memory"]["sizes"] == [[4, 2]]
-    assert_same_run(two[0]["memory"]["short"], two[0]["memory"]["plain"])
+        assert rank["ddp.memory"]["sizes"] == [[4, 2]]
+    assert_same_run(two[0]["ddp.memory"]["short"], two[0]["ddp.memory"]["plain"])
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(two):
     for rank in two:
-        losses = rank["nonfinite"]["losses"]
+        losses = rank["ddp.nonfinite"]["losses"]
         assert [step for step, loss in enumerate(losses, 1) if loss is None] == [3]
-        assert losses == two[0]["nonfinite"]["losses"]
-        (bad,) = rank["nonfinite"]["told"]
+        assert losses == two[0]["ddp.nonfinite"]["losses"]
+        (bad,) = rank["ddp.nonfinite"]["told"]
         assert bad["step"] == 3
         assert len(set(bad["samples"])) == 24  # of both ranks
 
 
-def test_a_run_of_4_ranks_goes_on_with_1_and_2(four, ranks_folder, tmp_path, two):
-    for n in (1, 2):
-        folder = tmp_path / str(n)
-        shutil.copytree(ranks_folder / "ddp-4" / "half", folder / f"ddp-{n}" / "half")
-        if n == 1:
-            rest = jobs.rest(folder / "ddp-1" / "rest", "ddp")
-        else:
-            rest = run_jobs(folder, 2, "ddp", "rest")[0]["rest"]
-        assert four[0]["half"]["steps"] == 25
-        assert four[0]["half"]["losses"] + rest["losses"] == pytest.approx(
-            two[0]["equal"]["losses"], rel=SAME
-        )
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_run_of_4_ranks_goes_on_with_2_and_1(four, two, ranks_folder, tmp_path, mode):
+    begun, whole = four[0][f"{mode}.half"], two[0][f"{mode}.equal"]["losses"]
+    assert begun["steps"] == 25
+    rests = [two[0][f"{mode}.{name}"] for name in ("rest", "rest_in_the_other_mode")]
+    shutil.copytree(ranks_folder / "4", tmp_path / "4")
+    rests.append(jobs.rest(tmp_path / "1" / "rest", mode))
+    for rest in rests:
+        assert begun["losses"] + rest["losses"] == pytest.approx(whole, rel=SAME)
 
 
-DYING = """
-import os, signal, torch
-def make():
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(13, 32), torch.nn.ReLU(), torch.nn.Linear(32, 32),
-                              torch.nn.ReLU(), torch.nn.Linear(32, 3))
-    seen = []
-    def count(module, inputs):
-        if module.training:
-            seen.append(1)
-        if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(seen) == AT:
-            os.kill(os.getpid(), signal.SIGKILL)
-    net.register_forward_pre_hook(count)
-    return net
-"""
+def checkpoints_in(ranks_folder, job):
+    return {p.name: p for p in (ranks_folder / job / "run" / "checkpoints").iterdir()}
 
 
-def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(tmp_path, task_files, rows):
-    train, validation = task_files("wine")
-    words = ["-m", "phase5_training", "train", "run.yaml", "--train-data-path", train]
-    words += ["--val-data-path", validation]
-    (tmp_path / "run.yaml").write_text(
-        "{batch_size: 24, max_steps: 40, eval_interval: 20, checkpoint_interval: 10, log_interval: 1, "
-        "use_amp: false, compile: false, model: 'dying:make', optimizer: adamw, grokfast_alpha: 0.9, "
-        "learning_rate: 0.01}"
-    )
-    losses, outputs = [], []
-    for name, at in (("whole", -1), ("killed", 28)):
-        (tmp_path / "dying.py").write_text(DYING.replace("AT", str(at)))
-        done = torchrun(2, *words, "--experiment-name", name, restarts=1, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-4000:]
-        outputs.append(done.stdout)
-        losses.append([row["loss"] for row in rows(tmp_path / "runs" / name, "train")])
-    assert len(losses[0]) == 40
-    assert losses[1] == losses[0]
-    events = [json.loads(line) for line in (tmp_path / "runs/killed/events.jsonl").read_text().splitlines()]
+def test_each_rank_with_parts_writes_its_own_and_the_whole_is_on_no_disk_twice(four, ranks_folder):
+    newest = checkpoints_in(ranks_folder, "4/fsdp.half")["step-00000025"]
+    shards = sorted(newest.glob("*.safetensors"))
+    assert len(shards) == 4
+    whole = checkpoints_in(ranks_folder, "4/ddp.half")["step-00000025"] / "tensors.safetensors"
+    rows = [{n: t for n, t in load_file(s).items() if t.dim() == 2} for s in shards]
+    matrices = {n: t for n, t in load_file(whole).items() if n in rows[0] and t.dim() == 2}
+    assert len(matrices) > 10
+    for name, matrix in matrices.items():
+        own = [part[name] for part in rows if name in part]  # three rows on four ranks: one has none
+        assert [len(part) for part in own] == [len(c) for c in matrix.chunk(4)]
+        assert torch.cat(own) == pytest.approx(matrix, rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_damaged_newest_checkpoint_of_4_ranks_is_passed_over_by_2(two, ranks_folder, mode):
+    rest, whole = two[0][f"{mode}.rest_of_damaged"]["losses"], two[0][f"{mode}.equal"]["losses"]
+    assert rest == pytest.approx(whole[20:], rel=SAME)
+    assert "damaged-step-00000025" in checkpoints_in(ranks_folder, f"2/{mode}.rest_of_damaged")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_where_one_rank_cannot_save_none_has_and_all_stop_at_one_step(two, mode):
+    found = [r[f"{mode}.failed_save"] for r in two]
+    assert "step 20 cannot be written" in found[0]["error"]
+    assert "No space left on device" in found[0]["error"]
+    assert all("Error: " in f["error"] or "OtherRankFailed: " in f["error"] for f in found)
+    assert {f["stopped_at"] for f in found} == {30}
+    assert found[0]["left"] == ["step-00000010"]
+    assert found[0]["after"]["losses"] == two[0][f"{mode}.equal"]["losses"][10:]
+
+
+def test_a_rank_killed_while_it_writes_its_part_leaves_the_checkpoint_before(two, ranks_folder):
+    found = run_jobs(ranks_folder, 2, "fsdp.killed_save", restarts=1)
+    assert found[0]["fsdp.killed_save"]["losses"] == two[0]["fsdp.equal"]["losses"][20:]
+    assert checkpoints_in(ranks_folder, "2/fsdp.killed_save").keys() == {"step-00000040", "step-00000050"}
+
+
+def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(
+    two, ranks_folder, tmp_path, rows, monkeypatch
+):
+    assert [r["ddp.command"]["code"] for r in two] == [0, 0]
+    monkeypatch.setenv("DIES_AT", "28 of first life")
+    words = json.loads((ranks_folder / "words.json").read_text())
+    words += ["--experiment-name", "killed", "--output-dir", tmp_path]
+    done = torchrun(2, "-m", "phase5_training", *words, restarts=1, cwd=ranks_folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    whole = [row["loss"] for row in rows(ranks_folder / "2" / "ddp.command" / "whole", "train")]
+    assert len(whole) == 40
+    assert [row["loss"] for row in rows(tmp_path / "killed", "train")] == whole
+    events = [json.loads(line) for line in (tmp_path / "killed/events.jsonl").read_text().splitlines()]
     resumed = [e["step"] for e in events if e["event"] == "resumed"]
     assert len(resumed) == 1
     assert 17 <= resumed[0] < 28  # at most checkpoint_interval steps are lost
-    assert outputs[0].count("max_steps at step 40") == 1  # the first rank speaks, no other
+    assert done.stdout.count("max_steps at step 40") == 1  # the first rank speaks, no other
 
 
 @pytest.mark.parametrize("name", ["cpu.yaml", "gpu.yaml", "gpus-8.yaml"])

@@ -1,21 +1,26 @@
 """What the tests of several processes have them do; torchrun calls this file, once for many jobs.
 
-    torchrun --nproc-per-node N jobs.py FOLDER MODE JOB ...
+    torchrun --nproc-per-node N jobs.py FOLDER MODE.JOB ...
 
-Each rank writes what its jobs returned to FOLDER/MODE-rank-R.json. MODE is ddp or fsdp.
+The runs of a job lie in FOLDER/N/MODE.JOB; each rank writes what its jobs returned to FOLDER/N-rank-R.json.
+MODE is ddp or fsdp.
 """
 
+import errno
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from phase5_training import create_training_pipeline, report
+from phase5_training import checkpoint, cli, create_training_pipeline, report, shared_checkpoints
+from phase5_training.checkpoint import CheckpointStore
 from phase5_training.distributed import join
+from phase5_training.errors import ForgeError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STEPS = 50
@@ -136,12 +141,72 @@ def half(folder: Path, mode: str) -> dict:
     return figures(made)
 
 
-def rest(folder: Path, mode: str) -> dict:
-    """The other half of a run whose folder is beside this one's."""
+def rest(folder: Path, mode: str, of: str = "", damage: str = "") -> dict:
+    """The other half of a run that 4 ranks began, in their ``of`` mode.
+
+    Where ``damage`` is given, it is the start of the name of a file of the newest checkpoint that is damaged.
+    """
     if RANK == 0:
-        shutil.copytree(folder.parent / "half", folder, dirs_exist_ok=True)
+        shutil.copytree(folder.parents[1] / "4" / f"{of or mode}.half", folder, dirs_exist_ok=True)
+        newest = CheckpointStore(folder=folder / "run" / "checkpoints").paths()[-1]
+        for path in newest.glob(damage + "*") if damage else ():
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
     join().by_first(lambda: None)
     return figures(pipeline(folder, mode, overwrite=False, auto_resume=True))
+
+
+def rest_in_the_other_mode(folder: Path, mode: str) -> dict:
+    return rest(folder, mode, of="ddp" if mode == "fsdp" else "fsdp")
+
+
+def rest_of_damaged(folder: Path, mode: str) -> dict:
+    return rest(folder, mode, damage="shard-00003" if mode == "fsdp" else "tensors")
+
+
+def failed_save(folder: Path, mode: str) -> dict:
+    """The disk of one rank that writes is full at the second save; then the run goes on from the first."""
+    module, rank = (checkpoint, 0) if mode == "ddp" else (shared_checkpoints, WORLD - 1)
+    write_file = module.write_file
+
+    def full(path, parts):
+        if "step-00000020" in str(path) and rank == RANK:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_file(path, parts)
+
+    module.write_file = full
+    made, error = pipeline(folder, mode), ""
+    try:
+        made.run()
+    except ForgeError as found:
+        error = f"{type(found).__name__}: {found}"
+    module.write_file = write_file
+    left = join().by_first(lambda: sorted(p.name for p in (folder / "run" / "checkpoints").iterdir()))
+    after = figures(pipeline(folder, mode, overwrite=False, auto_resume=True))
+    return {"error": error, "stopped_at": made.loop.state.step, "left": left, "after": after}
+
+
+def killed_save(folder: Path, mode: str) -> dict:
+    """The last rank is killed while it writes its part of step 30, in the first life of the processes."""
+    write_file = shared_checkpoints.write_file
+
+    def killed(path, parts):
+        if "step-00000030" in str(path):
+            path.write_bytes(b"".join(parts)[:1000])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_file(path, parts)
+
+    if RANK == WORLD - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        shared_checkpoints.write_file = killed
+    return figures(pipeline(folder, mode, overwrite=False, auto_resume=True))
+
+
+def command(folder: Path, mode: str) -> dict:
+    """What the command line does with the words of FOLDER/words.json."""
+    sys.path.insert(0, str(folder.parents[1]))
+    words = json.loads((folder.parents[1] / "words.json").read_text())
+    return {"code": cli.main([*words, "--output-dir", str(folder), "--experiment-name", "whole"])}
 
 
 class Troubled(nn.Module):
@@ -181,15 +246,16 @@ def nonfinite(folder: Path, mode: str) -> dict:
 
 
 def main() -> None:
-    folder, mode, *names = sys.argv[1:]
+    folder, *names = sys.argv[1:]
     report.write_report = lambda runs, output=None: Path()  # most of the time of a tiny run
     found = {}
     for name in names:
-        place = Path(folder) / f"{mode}-{WORLD}" / name
+        place = Path(folder) / str(WORLD) / name
         if RANK == 0:
             place.mkdir(parents=True, exist_ok=True)
-        found[name] = globals()[name](place, mode)
-    (Path(folder) / f"{mode}-{WORLD}-rank-{RANK}.json").write_text(json.dumps(found))
+        mode, _, job = name.partition(".")
+        found[name] = globals()[job](place, mode)
+    (Path(folder) / f"{WORLD}-rank-{RANK}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ def torchrun(
     )
 
 
-def run_jobs(folder: Path, n: int, mode: str, *names: str) -> list[dict]:
-    """What each rank's jobs returned, by rank."""
-    done = torchrun(n, JOBS, folder, mode, *names)
+def run_jobs(folder: Path, n: int, *jobs: str, restarts: int = 0) -> list[dict]:
+    """What each rank's jobs, as "MODE.NAME", returned, by rank."""
+    done = torchrun(n, JOBS, folder, *jobs, restarts=restarts)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads((folder / f"{mode}-{n}-rank-{rank}.json").read_text()) for rank in range(n)]
+    return [json.loads((folder / f"{n}-rank-{rank}.json").read_text()) for rank in range(n)]
