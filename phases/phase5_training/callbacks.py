@@ -278,7 +278,7 @@ class ProgressDisplay:
 class ReportRefresher:
     """Keeps report.html fresh while the run goes on.
 
-    It is rewritten at ``eval_end`` (at most every ``interval_s`` seconds, and less often where
+    It is written at ``eval_end`` (at most every ``interval_s`` seconds, and less often where
     rendering would take more than ``share`` of the run's time) and at ``fit_end``. A failure is
     appended to events.jsonl as "report_failed" and printed once; the run goes on.
 
@@ -304,7 +304,8 @@ class ReportRefresher:
         self.share = share
         self._stream = stream
         self._clock = clock
-        self._next = -math.inf
+        # Drawing takes as long as 20 steps of a small model, and a run of seconds is drawn when it ends.
+        self._next = clock() + interval_s
         self._told = False
 
     def register(self, registry: CallbackRegistry) -> None:

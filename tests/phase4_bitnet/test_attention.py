@@ -147,6 +147,19 @@ def test_rotary_attention_and_its_gradient_match_float64(implementation, length:
     torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
 
 
+@needs_native
+@pytest.mark.parametrize(("batch", "heads"), [(7, 3), (1, 1), (16, 1), (5, 16)])
+def test_few_positions_of_any_number_of_heads(batch: int, heads: int) -> None:
+    """16 (sample, head) pairs share a vector: less than one vector, whole ones, and some left over."""
+    x = fused(4, 16, batch=batch, heads=heads)
+    ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    out, want = rotary_attention(ours, *rope_table(4, 16)), in_float64(theirs)
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=1e-5)
+    (out**2).sum().backward()
+    (want**2).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_large_scores_do_not_overflow(implementation) -> None:
     x = fused(40, 16) * 100
     want = in_float64(x)

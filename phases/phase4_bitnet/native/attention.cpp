@@ -17,6 +17,8 @@
 
 #include "elements.h"
 #include "parallel.h"
+#include "short_attention.h"
+#include "vector_math.h"
 
 namespace forge {
 namespace {
@@ -25,9 +27,6 @@ using at::Tensor;
 
 constexpr int64_t kBlock = 32;  // queries a block; also what the length is padded to
 constexpr int64_t kRows = 8;    // rows of a product in registers
-// Sequences of at most this many positions are worked on by dot products: padded to a block, most of it would
-// be zeros.
-constexpr int64_t kShort = 16;
 
 // C (+)= A B for kRows rows and Vectors * 16 columns. A's rows are `a_stride` apart, or its columns are
 // where it is Transposed.
@@ -77,25 +76,13 @@ void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int6
   }
 }
 
-// e**x for x <= 0 within 2 units of the last place; NaN stays. Cody-Waite reduction by ln 2 in two parts,
-// then the Taylor polynomial to degree 7 on [-ln 2 / 2, ln 2 / 2].
-inline __m512 exp_nonpositive(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // the second operand is returned where one is NaN
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(p, n);
-}
-
 struct Shape {
   int64_t batch, length, heads, width, padded;
 
   explicit Shape(const Tensor& qkv)
       : batch(qkv.size(0)), length(qkv.size(1)), heads(qkv.size(3)), width(qkv.size(4)),
-        padded(length <= kShort ? length : (length + kBlock - 1) / kBlock * kBlock) {}
+        padded((length + kBlock - 1) / kBlock * kBlock) {}
+  ShortShape lanes() const { return {batch, length, heads, width}; }
   int64_t matrix() const { return padded * width; }
   // From row to row of a matrix whose rows are keys. A power of two would put a column of it into few sets
   // of the cache, which then evict each other.
@@ -127,41 +114,17 @@ inline void convert(const In* x, int64_t count, Out* out) {
   for (int64_t d = 0; d < count; d += 16) store(tail_mask(count - d), out + d, load(tail_mask(count - d), x + d));
 }
 
-// 16 x 16: in each step rows that are 1, 2, 4, 8 apart trade half of their elements.
-inline void transpose_16(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  __m512 a[16], b[16];
-#pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_ps(from + r * from_stride);
-#pragma GCC unroll 8
-  for (int r = 0; r < 16; r += 2) {
-    b[r] = _mm512_unpacklo_ps(a[r], a[r + 1]);
-    b[r + 1] = _mm512_unpackhi_ps(a[r], a[r + 1]);
-  }
-#pragma GCC unroll 4
-  for (int r = 0; r < 16; r += 4)
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; ++h) {
-      const __m512d low = _mm512_castps_pd(b[r + h]), high = _mm512_castps_pd(b[r + 2 + h]);
-      a[r + 2 * h] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-      a[r + 2 * h + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-    }
-  // Now a[4 g + c] has, in its quarter l, column 4 l + c of rows 4 g to 4 g + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512 even01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0x88), odd01 = _mm512_shuffle_f32x4(a[c], a[4 + c], 0xdd);
-    const __m512 even23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0x88);
-    const __m512 odd23 = _mm512_shuffle_f32x4(a[8 + c], a[12 + c], 0xdd);
-    _mm512_storeu_ps(to + c * to_stride, _mm512_shuffle_f32x4(even01, even23, 0x88));
-    _mm512_storeu_ps(to + (4 + c) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
-    _mm512_storeu_ps(to + (8 + c) * to_stride, _mm512_shuffle_f32x4(even01, even23, 0xdd));
-    _mm512_storeu_ps(to + (12 + c) * to_stride, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
-  }
-}
-
 // (rows, columns) -> (columns, rows), `stride` apart; both multiples of 16
 void transpose(const float* from, int64_t rows, int64_t columns, int64_t stride, float* to) {
   for (int64_t i = 0; i < rows; i += 16)
-    for (int64_t j = 0; j < columns; j += 16) transpose_16(from + i * columns + j, columns, to + j * stride + i, stride);
+    for (int64_t j = 0; j < columns; j += 16) {
+      __m512 block[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) block[r] = _mm512_loadu_ps(from + (i + r) * columns + j);
+      transpose_16(block);
+#pragma GCC unroll 16
+      for (int c = 0; c < 16; ++c) _mm512_storeu_ps(to + (j + c) * stride + i, block[c]);
+    }
 }
 
 // Cuts a thread's scratch into matrices.
@@ -194,73 +157,17 @@ inline __mmask16 seen(int64_t row, int64_t column) {
   return count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
 }
 
-inline float dot(const float* a, const float* b, int64_t count) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t d = 0; d < count; d += 16) sum = _mm512_fmadd_ps(_mm512_loadu_ps(a + d), _mm512_loadu_ps(b + d), sum);
-  return _mm512_reduce_add_ps(sum);
-}
-
-// to += factor * from
-inline void add_scaled(float factor, const float* from, int64_t count, float* to) {
-  const __m512 by = _mm512_set1_ps(factor);
-  for (int64_t d = 0; d < count; d += 16)
-    _mm512_storeu_ps(to + d, _mm512_fmadd_ps(by, _mm512_loadu_ps(from + d), _mm512_loadu_ps(to + d)));
-}
-
-// The dot products of a row with the first `count` (at most 16) rows of a matrix, zero after them.
-inline __m512 dots(const float* row, const float* matrix, int64_t count, int64_t width) {
-  alignas(64) float each[kShort] = {};
-  for (int64_t j = 0; j < count; ++j) each[j] = dot(row, matrix + j * width, width);
-  return _mm512_load_ps(each);
-}
-
-// One head of `length` positions; `out` rows are `stride` apart.
-template <typename T>
-void attend_short(const float* q, const float* k, const float* v, int64_t length, int64_t width, int64_t stride,
-                  T* out, float* log_sums, float* mixed) {
-  for (int64_t i = 0; i < length; ++i) {
-    const __mmask16 mask = tail_mask(i + 1);
-    const __m512 scores = dots(q + i * width, k, i + 1, width);
-    const float largest = _mm512_mask_reduce_max_ps(mask, scores);
-    const __m512 weights =
-        _mm512_maskz_mov_ps(mask, exp_nonpositive(_mm512_sub_ps(scores, _mm512_set1_ps(largest))));
-    const float sum = _mm512_reduce_add_ps(weights);
-    alignas(64) float weight[kShort];
-    _mm512_store_ps(weight, _mm512_div_ps(weights, _mm512_set1_ps(sum)));
-    std::memset(mixed, 0, width * sizeof(float));
-    for (int64_t j = 0; j <= i; ++j) add_scaled(weight[j], v + j * width, width, mixed);
-    convert(mixed, width, out + i * stride);
-    log_sums[i] = largest + std::log(sum);
-  }
-}
-
-// The gradients of one head; the last three are zero at first.
-inline void attend_short_backward(const float* q, const float* k, const float* v, const float* d_out,
-                                  const float* log_sums, int64_t length, int64_t width, float* d_q, float* d_k,
-                                  float* d_v) {
-  for (int64_t i = 0; i < length; ++i) {
-    const __m512 scores = dots(q + i * width, k, i + 1, width);
-    const __m512 weights = _mm512_maskz_mov_ps(
-        tail_mask(i + 1), exp_nonpositive(_mm512_sub_ps(scores, _mm512_set1_ps(log_sums[i]))));
-    const __m512 d_weights = dots(d_out + i * width, v, i + 1, width);
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_mul_ps(weights, d_weights)));
-    alignas(64) float weight[kShort], d_score[kShort];
-    _mm512_store_ps(weight, weights);
-    _mm512_store_ps(d_score, _mm512_mul_ps(weights, _mm512_sub_ps(d_weights, mean)));
-    for (int64_t j = 0; j <= i; ++j) {
-      add_scaled(weight[j], d_out + i * width, width, d_v + j * width);
-      add_scaled(d_score[j], q + i * width, width, d_k + j * width);
-      add_scaled(d_score[j], k + j * width, width, d_q + i * width);
-    }
-  }
-}
-
 template <typename T>
 std::tuple<Tensor, Tensor> attend(const Tensor& qkv_in, const Tensor& cos_in, const Tensor& sin_in) {
   const Tensor qkv = qkv_in.contiguous(), cos = cos_in.contiguous(), sin = sin_in.contiguous();
   const Shape s(qkv);
   Tensor out = at::empty({s.batch, s.length, s.part()}, qkv.options());
   Tensor log_sums = at::empty({s.batch, s.heads, s.length}, cos.options());
+  if (s.length <= kShort) {
+    attend_short(s.lanes(), qkv.const_data_ptr<T>(), cos.const_data_ptr<float>(), sin.const_data_ptr<float>(),
+                 out.mutable_data_ptr<T>(), log_sums.mutable_data_ptr<float>());
+    return {out, log_sums};
+  }
   const int64_t stride = s.key_stride(), floats = 3 * s.matrix() + stride * (s.width + kBlock) + kBlock * s.width;
   for_each_task(s.batch * s.heads, floats, [&](int64_t task, float* memory) {
     const int64_t sample = task / s.heads, head = task % s.heads;
@@ -272,7 +179,6 @@ std::tuple<Tensor, Tensor> attend(const Tensor& qkv_in, const Tensor& cos_in, co
            cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), q, k, v);
     T* to = out.mutable_data_ptr<T>() + sample * s.length * s.part() + head * s.width;
     float* logs = log_sums.mutable_data_ptr<float>() + (sample * s.heads + head) * s.length;
-    if (s.length <= kShort) return attend_short(q, k, v, s.length, s.width, s.part(), to, logs, mixed);
     transpose(k, s.padded, s.width, stride, k_t);
     for (int64_t first = 0; first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock, last = std::min(s.length, keys);
@@ -313,6 +219,12 @@ Tensor attend_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor
   const Tensor sin = sin_in.contiguous(), log_sums = log_sums_in.contiguous();
   const Shape s(qkv);
   Tensor grad_qkv = at::empty_like(qkv);
+  if (s.length <= kShort) {
+    attend_short_backward(s.lanes(), grad.const_data_ptr<T>(), qkv.const_data_ptr<T>(), cos.const_data_ptr<float>(),
+                          sin.const_data_ptr<float>(), log_sums.const_data_ptr<float>(),
+                          grad_qkv.mutable_data_ptr<T>());
+    return grad_qkv;
+  }
   const int64_t stride = s.key_stride(), floats = 7 * s.matrix() + 2 * stride * (s.width + kBlock) + s.padded;
   for_each_task(s.batch * s.heads, floats, [&](int64_t task, float* memory) {
     const int64_t sample = task / s.heads, head = task % s.heads;
@@ -336,14 +248,9 @@ Tensor attend_backward(const Tensor& grad_in, const Tensor& qkv_in, const Tensor
       const int64_t at = (sample * s.length + t) * s.part() + head * s.width;
       convert(grad.const_data_ptr<T>() + at, s.width, d_out + t * s.width);
     }
-    if (s.length <= kShort) {
-      std::memset(d_q, 0, s.matrix() * sizeof(float));
-      attend_short_backward(q, k, v, d_out, logs, s.length, s.width, d_q, d_k, d_v);
-    } else {
-      transpose(k, s.padded, s.width, stride, k_t);
-      transpose(v, s.padded, s.width, stride, v_t);
-    }
-    for (int64_t first = 0; s.length > kShort && first < s.padded; first += kBlock) {
+    transpose(k, s.padded, s.width, stride, k_t);
+    transpose(v, s.padded, s.width, stride, v_t);
+    for (int64_t first = 0; first < s.padded; first += kBlock) {
       const int64_t keys = first + kBlock;
       const float *q_own = q + first * s.width, *d_own = d_out + first * s.width;
       multiply<false, false>(kBlock, keys, s.width, q_own, s.width, k_t, stride, weights, stride);
