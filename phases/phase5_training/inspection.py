@@ -258,6 +258,7 @@ def inspect_data(
     """
     config = config or DataConfig()
     source = open_source(list(paths), config.read_options())
+    config.check_format(source)
     report, tokenizer = _Report(source, samples), make_tokenizer(config.tokenizer)
     policies = dict.fromkeys((*OPTIONAL,) if config.max_length else ("duplicate",), "drop")
     options = ScanOptions(

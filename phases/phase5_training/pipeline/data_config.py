@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from phase5_training.errors import UsageError
+from phase5_training.pipeline.formats.batches import BatchStream
 from phase5_training.pipeline.formats.policies import Policy, check_policies
-from phase5_training.pipeline.formats.source import ReadOptions
+from phase5_training.pipeline.formats.source import ReadOptions, Source
 from phase5_training.pipeline.formats.spec import normalize_task
 from phase5_training.pipeline.formats.text import make_tokenizer
 
@@ -135,3 +136,16 @@ class DataConfig:
             inputs_path=self.inputs_path, targets_path=self.targets_path,
             tokenizer=make_tokenizer(self.tokenizer),
         )  # fmt: skip
+
+    def check_format(self, source: Source | BatchStream) -> None:
+        """Refuse options that these data cannot follow.
+
+        Raises:
+            UsageError: names the option.
+        """
+        for name in ("inputs_path", "targets_path"):
+            if getattr(self, name) is not None and source.format != "hdf5":
+                raise UsageError(
+                    f"{name}={getattr(self, name)!r} names an array of an HDF5 file, and {source.paths[0]} "
+                    f"holds {source.format}; leave it out"
+                )

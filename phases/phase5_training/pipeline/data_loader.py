@@ -100,9 +100,9 @@ class ForgeDataLoader:
     def mode(self) -> str:
         """How the records are reached: "in memory", "random access" or "streaming"."""
         source = self._prepared.source
-        if self.config.streaming or is_forward_only(source):
-            return "streaming"
-        return "in memory" if source.access == "memory" else "random access"
+        if source.access == "memory":  # also where a format that loads as a whole is to be streamed
+            return "in memory"
+        return "streaming" if self.config.streaming or is_forward_only(source) else "random access"
 
     def sentence(self) -> str:
         """The format, the number of samples and how they are reached, in words."""
@@ -348,6 +348,8 @@ def _create(
     """Both splits; without a validation_split the only one is ``whole``."""
     task = normalize_task(task) or normalize_task(config.task)
     opened = _open(source, config, task)
+    if whole == "train":  # validation data may be of another format than the training data
+        config.check_format(opened)
     if isinstance(opened, BatchStream):
         if config.validation_split:
             raise UsageError(

@@ -942,6 +942,33 @@ def test_arrays_of_an_hdf5_file_by_name(tmp_path):
             load(tmp_path / "a.h5", inputs_path="run/3/images", targets_path=where)
 
 
+def test_other_targets_for_the_usual_inputs(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["dataset/inputs"], file["dataset/targets"] = np.arange(12.0).reshape(6, 2), np.zeros(6, int)
+        file["dataset/quality"], file["coarse"] = np.arange(6) / 6, np.arange(6) % 3
+    loader = load(tmp_path / "a.h5", targets_path="coarse", quality_threshold=0.3, max_dropped_share=0.5)
+    batch = next(iter(loader))
+    assert torch.equal(batch["target"], batch["index"] % 3)
+    assert loader.num_samples == 4
+
+
+@pytest.mark.parametrize("name", ["inputs_path", "targets_path"])
+def test_a_path_within_a_file_that_has_none(tmp_path, name):
+    path = write(tmp_path, "jsonl")
+    for data in (path, [(torch.ones(2, 3), torch.ones(2))]):
+        with pytest.raises(
+            UsageError, match=rf"{name}='x' names an array of an HDF5 file, and .* leave it out"
+        ):
+            DataLoaderFactory.create_loaders(data, DataConfig(**{name: "x"}))
+    # Validation data may be of another format than the training data.
+    DataLoaderFactory.create_loader(path, DataConfig(**{name: "x"}), split="validation")
+
+
+def test_what_loads_as_a_whole_is_in_memory_also_when_streamed(tmp_path):
+    np.savez(tmp_path / "a.npz", inputs=np.ones((4, 2)), targets=np.arange(4))
+    assert "in memory" in load(tmp_path / "a.npz", streaming=True).sentence()
+
+
 # --- the cache --------------------------------------------------------------------------------------
 
 

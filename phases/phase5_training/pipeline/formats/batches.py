@@ -23,8 +23,11 @@ class BatchStream:
         DataError: a batch of another form, or a generator asked for a second time.
     """
 
+    format = "batches"
+
     def __init__(self, source: Iterable[Any] | Callable[[], Iterable[Any]]) -> None:
         self.source, self.name = source, type(source).__name__
+        self.paths = [self.name]
         self.once = isinstance(source, Iterator)
         self._used = False
         self.samples: int | None = None

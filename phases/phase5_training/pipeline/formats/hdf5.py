@@ -61,7 +61,7 @@ class Hdf5Source:
             reason = str(error).split("(")[0].strip()
             raise DataError(f"{path}: cannot be opened as HDF5 ({reason})") from error
         with damage_told(path), file:
-            self.names, group = self._named(file, inputs, targets) if inputs else self._find(file)
+            self.names, group = self._chosen(file, inputs, targets)
             rows = {name: self._check(file, name, where) for name, where in self.names.items()}
             self._length = rows["inputs"]
             for name, n in rows.items():
@@ -101,9 +101,13 @@ class Hdf5Source:
                 return
         raise DataError(f"{self.path}: {where!r} is a chain of more than {_MAX_LINKS} soft links")
 
-    def _named(self, file: h5py.File, inputs: str, targets: str | None) -> tuple[dict[str, str], h5py.Group]:
-        """What `_find` returns, for arrays that the user names."""
-        names = {}
+    def _chosen(
+        self, file: h5py.File, inputs: str | None, targets: str | None
+    ) -> tuple[dict[str, str], h5py.Group]:
+        """Column names -> paths in the file, and the group that holds them; named by the user, or found."""
+        names, group = (dict[str, str](), file) if inputs else self._find(file)
+        if targets:
+            names = {name: where for name, where in names.items() if not name.startswith("targets")}
         for column, where in (("inputs", inputs), ("targets", targets)):
             if where is None:
                 continue
@@ -115,7 +119,7 @@ class Hdf5Source:
                     names[f"targets.{name}"] = f"{found.name}/{name}"
             else:
                 names[column] = str(found.name)
-        return names, file
+        return names, group
 
     def _refuse_missing(self, file: h5py.File, where: str) -> None:
         try:
@@ -142,7 +146,8 @@ class Hdf5Source:
         if input_key is None:
             raise DataError(
                 f"{self.path}: no array /dataset/inputs (the file holds {sorted(file.keys())[:6]}"
-                f"{', dataset holds ' + str(sorted(keys)[:6]) if group is not file else ''})"
+                f"{', dataset holds ' + str(sorted(keys)[:6]) if group is not file else ''}); "
+                "name the one to take in inputs_path"
             )
         base = group.name.rstrip("/")
         for key in (input_key, target_key, quality_key, "metadata"):

@@ -60,8 +60,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> None:
 
 
 def _near_the_top(value: Any) -> tuple[int, int, bool]:
-    """Strings of a record that are found without much looking, keys among them, the quotes they hold, and
-    whether nothing lies deeper."""
+    """How many strings, keys among them, are quickly found, the quotes they hold, and if those are all."""
     strings, flat = list[str](), type(value) is dict
     parts = [value] if flat else []
     for part in parts:  # and the objects in it

@@ -7,6 +7,7 @@ lines. What a record holds is left to orjson, or to the reader of plain numbers 
 from __future__ import annotations
 
 import ctypes
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from phase5_training.pipeline.formats.json_checks import fault_of
 
 BLOCK_BYTES = 4 << 20  # read at a time
 MAX_RECORD = 64 << 20  # bytes of one record
+SPLIT = "split it, or write arrays as .npy or .h5"
 MAX_AROUND = 1 << 20  # bytes before and after the list of records
 
 _STEP = np.zeros(256, np.int8)
@@ -169,7 +171,10 @@ class ListFinder:
                 self._check_around(head[:at], text[end:], file)
                 return
             if len(text) - used > MAX_RECORD:
-                raise DataError(f"{self.path} byte {base + used}: a record of more than {MAX_RECORD} bytes")
+                raise DataError(
+                    f"{self.path} byte {base + used}: a record of more than {MAX_RECORD / 1e6:.0f} MB; "
+                    f"{SPLIT}, or close its brackets where one is missing"
+                )
             block = file.read(BLOCK_BYTES)
             if not block:
                 at = len(text) - len(text[used:].lstrip(_SPACE + b","))
@@ -187,7 +192,8 @@ class ListFinder:
         if body[:1] == b"[":
             return head, len(head) - len(body) + 1
         if body[:1] != b"{":
-            raise DataError(f"{self.path}: begins with {body[:12]!r}; wanted an object or a list")
+            mark = "; save it as UTF-8 without a byte order mark" if body[:3] == BOM_UTF8 else ""
+            raise DataError(f"{self.path}: begins with {body[:12]!r}; wanted an object or a list{mark}")
         at = _list_of_samples(head[:MAX_AROUND])
         if at < 0:
             raise NoListError(
@@ -255,7 +261,7 @@ def find_lines(file: IO[bytes]) -> Iterator[Found]:
         text, base, line = text[used:], base + used, line + len(ends)
         if len(text) > MAX_RECORD:
             length, rest = _pass_over_line(file, len(text))
-            fault = f"is {length / 1e6:.0f} MB long; a record has at most {MAX_RECORD / 1e6:.0f}"
+            fault = f"is {length / 1e6:.0f} MB long; a record has at most {MAX_RECORD / 1e6:.0f}: {SPLIT}"
             nothing = np.zeros(1, np.int64)
             yield Found(base, b"", nothing, nothing, np.array([line]), faults={0: fault})
             text, base, line = rest, base + length + 1, line + 1

@@ -46,7 +46,9 @@ def source_from_object(data: Any, format: str, path: str) -> ArraySource:
             return source_from_arrays(dict(data), format, path)
         else:
             keys = ", ".join(repr(str(key)) for key in list(data)[:6]) or "none"
-            raise DataError(f"{path}: has no 'samples' list (its keys: {keys}); put the records there")
+            raise DataError(
+                f"{path}: has no 'samples' list and no 'inputs' (its keys: {keys}); put the records there"
+            )
     if not isinstance(data, (list, tuple)):
         raise DataError(f"{path}: holds {type(data).__name__}; wanted a list of records under 'samples'")
     if not data:

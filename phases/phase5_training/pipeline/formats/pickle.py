@@ -220,11 +220,11 @@ def open_pickle(path: Path, options: ReadOptions) -> ArraySource:
         data = _load(path)
         check_contents(data, size)
     except ForbiddenGlobal as error:
-        raise DataError(
-            f"{path}: the pickle asks for {error}, which is not data; Forge loads containers, numbers, "
-            "text, numpy arrays and torch tensors only: save those"
-        ) from error
+        raise DataError(_not_data(path, str(error))) from error
     except Exception as error:  # a damaged pickle can raise nearly anything
+        refused = re.search(r"GLOBAL (\S+) was not an allowed", str(error))
+        if refused:
+            raise DataError(_not_data(path, refused.group(1))) from error
         refused = re.search(r"(?:Unsupported|Can only|GLOBAL)[^\n]*", str(error))
         first = refused.group() if refused else first_line(error)
         raise DataError(f"{path}: cannot be read as a pickle of plain data: {first}") from error
@@ -233,6 +233,13 @@ def open_pickle(path: Path, options: ReadOptions) -> ArraySource:
     elif isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
         data = {"inputs": data[0], "targets": data[1]}
     return source_from_object(data, "pickle", str(path))
+
+
+def _not_data(path: Path, name: str) -> str:
+    return (
+        f"{path}: the pickle asks for {name}, which is not data; Forge loads containers, numbers, text, "
+        "numpy arrays and torch tensors only: save those"
+    )
 
 
 def _load(path: Path) -> Any:

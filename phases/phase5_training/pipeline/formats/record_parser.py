@@ -23,6 +23,8 @@ TRIES = 4  # stretches with a record that is not plain, after which the native r
 # A string, to be passed over, or an integer of so many digits that it may not fit.
 _LONG = re.compile(rb'"(?:[^"\\]|\\.)*"|(?<![\d.eE+-])(-?\d{19,})(?![\d.eE])')
 _FIRST_HUGE = 2.0**63
+# What Python's json writes for numbers that are not finite.
+_NO_NUMBER = re.compile(rb"[:,\[]\s*(-?Infinity|NaN)\b")
 
 
 def holds_huge_floats(columns: Columns) -> bool:
@@ -44,6 +46,14 @@ def _with_huge_integers(found: Found) -> set[int]:
             for token in _LONG.finditer(found.text, a, b)
         )
     }
+
+
+def _reason(line: bytes, error: orjson.JSONDecodeError) -> str:
+    found = _NO_NUMBER.search(line)
+    if found and line[error.pos : error.pos + 1] in (b"N", b"I", b"-"):
+        return f"{found.group(1).decode()} is no number in JSON; leave the record out, or write a number"
+    reason = error.msg.split(":")[0]
+    return reason + ("; save the file without it" if "BOM" in reason else "")
 
 
 @dataclass
@@ -92,7 +102,7 @@ class RecordParser:
                     record = orjson.loads(line)
                     fault = fault_of(line, record)
                 except orjson.JSONDecodeError as error:
-                    fault = f"is not valid JSON: {error.msg.split(':')[0]}"
+                    fault = f"is not valid JSON: {_reason(line, error)}"
             if fault is None:
                 records.append(record)
                 kept.append(index[i])

@@ -11,7 +11,9 @@ from phase5_training.pipeline.formats.json_checks import MAX_DEPTH, fault_of
 
 # Spellings of two keys and of texts, with quotes escaped both ways and what looks like a key.
 KEYS = st.sampled_from(['"a"', '"\\u0061"', '"b"', '"b\\""', '"b\\u0022"'])
-TEXTS = st.sampled_from(['""', '"a"', '"\\""', '"\\u0022"', '"\\u0022\\u0022"', '"\\", \\"a\\": 1"', '"\\\\"'])
+TEXTS = st.sampled_from(
+    ['""', '"a"', '"\\""', '"\\u0022"', '"\\u0022\\u0022"', '"\\", \\"a\\": 1"', '"\\\\"']
+)
 
 
 def objects(held):

@@ -105,11 +105,12 @@ def test_blank_lines_count_for_line_numbers_only(tmp_path):
         ('{"input": [1], "input": [2]}', "has the key 'input' twice"),
         ('{"samples": [{"input": 1}], "samples": []}', "has the key 'samples' twice"),
         ('{"input": [1]}\n{"input": [2]}', r"the first line is a record by itself: name the file .jsonl"),
-        ('{"sample": []}', r"has no 'samples' list \(its keys: 'sample'\)"),
+        ('{"sample": []}', r"has no 'samples' list and no 'inputs' \(its keys: 'sample'\)"),
         ('{"samples": []}', "the data set is empty"),
         ("[]", "the data set is empty"),
         ('{"samples": 3}', "holds int; wanted a list of records"),
         ('"text"', "holds str; wanted a list of records"),
+        ('\ufeff[{"input": 1}]', "wanted an object or a list; save it as UTF-8 without a byte order mark"),
     ],
 )
 def test_broken_files(tmp_path, text, message):
@@ -271,7 +272,13 @@ GOOD = '{"input": [1], "target": 0}'
         ("a.json", f'{{"samples": [{GOOD}, {{"input"', "(byte 42) is cut off: the file ends within"),
         ("a.json", f"[{GOOD}", "(byte 28) is cut off"),
         ("a.json", f'[{GOOD}, {{"input" 2}}]', "(byte 30) is not valid JSON"),
-        ("a.json", f'[{GOOD}, {{"input": [NaN]}}]', "(byte 30) is not valid JSON"),
+        (
+            "a.json",
+            f'[{GOOD}, {{"input": [NaN]}}]',
+            "(byte 30) is not valid JSON: NaN is no number in JSON; le",
+        ),
+        ("a.json", f'[{GOOD}, {{"input":-Infinity}}]', "(byte 30) is not valid JSON: -Infinity is no number"),
+        ("a.json", f'[{GOOD}, {{"input": ": NaN", }}]', "(byte 30) is not valid JSON: t"),
         ("a.json", f"[{GOOD}, " + "[" * 10**6, "(byte 30) is cut off"),
         (
             "a.json",
@@ -296,6 +303,16 @@ def test_a_bad_record_is_told_with_its_place(tmp_path, options, name, text, reas
         assert list(bad) == [1], again
         assert bad[1].startswith(reason), (again, bad)
         assert np.asarray(source.gather(np.array([0])).input).tolist() == [[1]]
+
+
+def test_a_record_of_a_list_that_is_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, "MAX_RECORD", 1000)
+    monkeypatch.setattr(json_records, "BLOCK_BYTES", 100)
+    (tmp_path / "a.json").write_text(f'[{GOOD}, {{"input": [' + "1, " * 2000 + "1]}]")
+    with pytest.raises(
+        DataError, match=r"a.json byte 28: a record of more than 0 MB; split it, or write arr"
+    ):
+        open_source(tmp_path / "a.json", ReadOptions(streaming=True)).gather(np.array([0]))
 
 
 def test_a_line_too_long_is_passed_over(tmp_path, monkeypatch):

@@ -219,7 +219,7 @@ def test_bfloat16_tensors(tmp_path):
     [
         ([], "the data set is empty"),
         (3, "holds int; wanted a list of records"),
-        ({"a": 1}, r"has no 'samples' list \(its keys: 'a'\)"),
+        ({"a": 1}, r"has no 'samples' list and no 'inputs' \(its keys: 'a'\)"),
         ({"inputs": [[1], [1, 2]], "targets": [1]}, "inputs has 2 rows and targets has 1"),
         ({"inputs": np.float64(3)}, "wanted an array|single number"),
         ({"inputs": np.ones(2), "targets": [1, None]}, "targets row 1 has null or mixed values"),
@@ -239,3 +239,11 @@ def test_random_bytes_never_escape(tmp_path_factory, raw):
     path.write_bytes(raw)
     with contextlib.suppress(DataError):
         open_source(path)
+
+
+def test_a_model_in_a_torch_file_is_named(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt")
+    with pytest.raises(
+        DataError, match=r"a\.pt: the pickle asks for torch\.nn.*Linear, which is not data; .*save"
+    ):
+        open_source(tmp_path / "a.pt")
