@@ -19,10 +19,12 @@ from phase5_training.report.wording import (
     MISSING,
     compact,
     duration,
+    figure_value,
     is_finite,
     megabytes,
     number,
     one_line,
+    rises,
     share,
 )
 
@@ -111,14 +113,13 @@ class Progress:
 
     @property
     def _rising(self) -> bool:
-        return self.monitor in ("accuracy", "r2")
+        return rises(self.monitor or "")
 
     def target_worded(self) -> str:
         """When the target may be reached, or was; nothing without one."""
         if self.target is None:
             return ""
-        worded = share(self.target) if self.monitor == "accuracy" else number(self.target)
-        name = f"{self.monitor or 'target'} {worded}"
+        name = f"{self.monitor or 'target'} {figure_value(self.target, self.monitor or '')}"
         if self.reached is not None:
             return f"{name} reached at step {number(self.reached)}"
         seconds = seconds_to_target(self.validations, self.target, rising=self._rising)

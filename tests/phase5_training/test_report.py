@@ -317,6 +317,13 @@ def test_the_comparison_says_who_was_first(finished: RunDirectory) -> None:
     assert best == ["560", "28 s", "99.91%", "0.021"]
 
 
+def test_a_target_that_is_no_accuracy_is_named_as_it_is(runs: Path) -> None:
+    run = record_run(runs, text=True)
+    rows = [{**row, "target": 2.1, "figure": "bits_per_byte"} for row in comparison_rows()]
+    run.write_result(result_of(run, comparison=rows))
+    assert "reached 2.1 validation bits per byte first" in page_of(run).text
+
+
 def test_the_comparison_can_name_another_run_folder(runs: Path) -> None:
     run = record_run(runs)
     record_run(runs, "baseline", speed=0.5)
@@ -534,6 +541,62 @@ def test_several_runs_are_overlaid_with_a_legend(runs: Path) -> None:
         legend = re.findall(r"</span>(run-\d)</li>", figure)
         assert legend == names
     assert page.text.count("has no result yet: it is still going") == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"target": 0.9},
+            "fast reached 90.0% validation accuracy first, after 28 s and 550 steps",
+        ),
+        ({"target": 0.9, "monitor": "accuracy"}, "fast reached 90.0% validation accuracy first"),
+        ({"target": 0.6, "monitor": "loss"}, "fast reached 0.6 validation loss first, after 28 s"),
+        ({"target": 2.0}, ""),
+        ({}, ""),
+    ],
+)
+def test_several_runs_are_held_to_the_target_of_one(runs: Path, options: dict[str, Any], said: str) -> None:
+    slow, fast = record_run(runs, "slow", speed=0.5), record_run(runs, "fast")
+    fast.write_config({**fast.read_config(), **options})
+    text = page_of(slow, fast).text
+    assert said in text if said else "first, after" not in text
+
+
+def test_settings_that_differ_stand_side_by_side(runs: Path) -> None:
+    one, two = record_run(runs, "one"), record_run(runs, "two")
+    two.write_config({**two.read_config(), "learning_rate": 0.5, "extra": "<b>"})
+    source = page_of(one, two).source
+    table = source.split("Settings that differ</h3>")[1].split("</table>")[0]
+    cells = re.findall(r"<t[hd](?: [^>]*)?>([^<]*)<", table)
+    rate = str(one.read_config()["learning_rate"])
+    assert cells == ["Setting", "one", "two", "learning_rate", rate, "0.5", "extra", "–", "&lt;b&gt;"]
+    two.write_config(one.read_config())
+    assert "Settings that differ" not in page_of(one, two).source
+
+
+def test_the_loss_is_that_of_the_weights_returned_wherever_it_stands(runs: Path) -> None:
+    run, other = record_run(runs), record_run(runs, "other")
+    result = result_of(run)
+    result["metrics"] |= {"final_loss": 0.0777, "training_time_seconds": 60.0}
+    run.write_result(result)
+    page = page_of(run)
+    assert "final validation loss 0.0777" in page.text
+    assert "<dt>Validation loss</dt><dd>0.0777</dd>" in page.source
+    assert "0.0777" in page_of(run, other).source.split('id="comparison"')[1].split("</table>")[0]
+    # Seconds and hours are one figure to a reader.
+    assert page.source.count('<tr><th scope="row">Training time</th><td class="">1 min 00 s</td>') == 1
+
+
+def test_rows_of_the_data_that_say_nothing_are_left_out(runs: Path) -> None:
+    run = record_run(runs)
+    part = {"num_classes": 10, "tokenizer": None, "target_shape": [], "source": {"access": "memory"}}
+    run.write_result(result_of(run, data={"train": part, "validation": part, "seed": 0, "note": None}))
+    table = page_of(run).source.split("<h2>Data</h2>")[1].split("</table>")[0]
+    assert re.findall(r"<t[hd](?: [^>]*)?>([^<]*)<", table) == [
+        *("Data", "Train", "Validation"),
+        *("Classes", "10", "10", "Source access", "memory", "memory", "Seed", "0", ""),
+    ]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

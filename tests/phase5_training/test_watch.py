@@ -152,6 +152,12 @@ def test_a_target_is_reached_or_is_not_in_sight(run: RunDirectory) -> None:
         log(run, step)
         validate(run, step, accuracy)
     assert "accuracy 90.0% reached at step 20" in watched(run, lambda: end(run, 30), mode="live")[1]
+    run.write_config({"target": 0.9, "monitor": "parity_accuracy"})  # of one task of several
+    for step, accuracy in ((40, 0.5), (50, 0.6), (60, 0.7)):
+        run.append_metrics(
+            {"kind": "validation", "step": step, "parity_accuracy": accuracy, "elapsed_s": step}
+        )
+    assert "parity_accuracy 90.0% in about 20 s" in watched(run, lambda: end(run, 60), mode="live")[1]
     # By hand: least squares through (0, 4), (1, 2), (2, 1) is 3.8333 - 1.5 x, which is 0.5 at 2.2222.
     found = seconds_to_target([(0.0, 4.0), (1.0, 2.0), (2.0, 1.0)], 0.5, rising=False)
     assert found == pytest.approx(0.222, abs=1e-3)

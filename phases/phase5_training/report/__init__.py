@@ -134,6 +134,7 @@ def _comparison(runs: Sequence[Loaded]) -> dict[str, Any] | None:
     return {
         "sentence": comparison.comparison_sentence(rows),
         "table": comparison.comparison_table(rows, own_first=len(runs) == 1),
+        "settings": comparison.settings_that_differ(runs) if len(runs) > 1 else None,
         "chart": chart,
         "figure": None,
     }

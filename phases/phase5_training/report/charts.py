@@ -158,11 +158,16 @@ def layer_charts(rows: Sequence[Row], names: Sequence[str]) -> list[Chart]:
         # A run that was resumed with another model would be another run: all rows have the same layers.
         known = [(x, y) for x, y in known if len(y) == len(known[-1][1])]
         if known:
-            charts.append(_layer_chart(panel, known, names))
+            charts.append(_layer_chart(panel, known, names, phase_spans(rows)))
     return charts
 
 
-def _layer_chart(panel: _Panel, known: list[tuple[float, list[float]]], names: Sequence[str]) -> Chart:
+def _layer_chart(
+    panel: _Panel,
+    known: list[tuple[float, list[float]]],
+    names: Sequence[str],
+    phases: list[tuple[str, float, float]],
+) -> Chart:
     x, layers = [x for x, _ in known], list(zip(*(y for _, y in known), strict=True))
     labels = [names[i] if i < len(names) else f"layer {i + 1}" for i in range(len(layers))]
     last = sorted((layer[-1], label) for layer, label in zip(layers, labels, strict=True))
@@ -189,6 +194,7 @@ def _layer_chart(panel: _Panel, known: list[tuple[float, list[float]]], names: S
         title=panel.title,
         series=series,
         show=panel.show,
+        phases=phases if few else [],  # cells cover what is behind them
         notes=notes,
         alternative=f"{panel.title} against optimizer step, {what}. " + ". ".join(notes) + ".",
         cells=cells,

@@ -6,9 +6,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phase5_training.records import RunDirectory
-from phase5_training.report.charts import Chart, Points, accuracy_against_time, against_time, points
-from phase5_training.report.summary import Loaded, Table, text
-from phase5_training.report.wording import MISSING, duration, is_finite, number, one_line, share, stop_reason
+from phase5_training.report.charts import Chart, Points, Row, accuracy_against_time, against_time, points
+from phase5_training.report.summary import Loaded, Table, settings_of, text
+from phase5_training.report.wording import (
+    MISSING,
+    duration,
+    figure_value,
+    is_finite,
+    number,
+    one_line,
+    rises,
+    share,
+    stop_reason,
+)
 
 
 def comparison_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -16,8 +26,11 @@ def comparison_sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     reached = [row for row in rows if is_finite(row.get("seconds_to_target"))]
     if len(rows) < 2 or not reached:
         return ""
-    target = next((row["target"] for row in rows if is_finite(row.get("target"))), None)
-    goal = f"{share(target)} validation accuracy" if is_finite(target) else "the target"
+    aim = next((row for row in rows if is_finite(row.get("target"))), None)
+    goal = "the target"
+    if aim is not None:
+        figure = str(aim.get("figure") or "accuracy")
+        goal = f"{figure_value(aim['target'], figure)} validation {figure.replace('_', ' ')}"
     order = sorted(reached, key=lambda row: row["seconds_to_target"])
     first = order[0]
     said = f"{_row_name(first)} reached {goal} first, after {duration(first['seconds_to_target'])}"
@@ -51,6 +64,8 @@ _COMPARISON = (
     ("final_val_loss", "Final validation loss", number),
     ("note", "Note", one_line),
 )
+# What a run is called differs always, and stands above each column.
+_NAMES = ("experiment_name", "output_dir")
 _BEST_IS = {"steps_to_target": min, "seconds_to_target": min, "best_accuracy": max, "final_val_loss": min}
 
 
@@ -79,24 +94,18 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], *, own_first: bool) -> T
 
 
 def comparison_of(runs: Sequence[Loaded]) -> list[dict[str, Any]]:
-    """The comparison's rows for runs given side by side, out of their own records."""
-    target = next(
-        (r.config["target_accuracy"] for r in runs if is_finite(r.config.get("target_accuracy"))), None
+    """The comparison's rows for runs given side by side, out of their own records.
+
+    The first run that was given a target is the one whose target all are held to.
+    """
+    aimed = next((run for run in runs if is_finite(run.config.get("target"))), None)
+    target = aimed.config["target"] if aimed else None
+    figure = (aimed.config.get("monitor") if aimed else None) or (
+        "accuracy" if any(is_finite(run.best_accuracy) for run in runs) else "loss"
     )
     rows = []
     for run in runs:
-        reached = None
-        if target is not None:
-            reached = next(
-                (
-                    row
-                    for row in run.rows
-                    if row.get("kind") == "validation"
-                    and is_finite(row.get("accuracy"))
-                    and row["accuracy"] >= target
-                ),
-                None,
-            )
+        reached = _reached(run, figure, target) if is_finite(target) else None
         rows.append(
             {
                 "name": run.name,
@@ -107,16 +116,37 @@ def comparison_of(runs: Sequence[Loaded]) -> list[dict[str, Any]]:
                 "steps": run.steps,
                 "wall_seconds": run.seconds,
                 "target": target,
+                "figure": figure,
                 "steps_to_target": (reached or {}).get("step"),
                 "seconds_to_target": (reached or {}).get("elapsed_s"),
                 "best_accuracy": run.best_accuracy,
-                "final_val_loss": run.last("validation", "loss"),
+                "final_val_loss": run.validation_loss,
                 "note": stop_reason(run.result["stop_reason"])
                 if run.result.get("stop_reason")
                 else "no result yet",
             }
         )
     return rows
+
+
+def _reached(run: Loaded, figure: str, target: float) -> Row | None:
+    """The first validation at which a run's figure was the target or better."""
+    for row in run.rows:
+        value = row.get(figure)
+        if row.get("kind") != "validation" or not is_finite(value):
+            continue
+        if value >= target if rises(figure) else value <= target:
+            return row
+    return None
+
+
+def settings_that_differ(runs: Sequence[Loaded]) -> Table | None:
+    """The settings that are not the same in all runs, one column a run; None where there are none."""
+    settings = [dict(settings_of(run)) for run in runs]
+    keys = dict.fromkeys(key for own in settings for key in own if key not in _NAMES)
+    rows = [[key, *(own.get(key, MISSING) for own in settings)] for key in keys]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    return Table(head=["Setting", *(run.name for run in runs)], rows=rows) if rows else None
 
 
 def comparison_curves(own: Loaded, rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Points]]:

@@ -131,6 +131,12 @@ class Loaded:
         return given if is_finite(given) else max(self.validation("step", "accuracy")[1], default=None)
 
     @property
+    def validation_loss(self) -> Any:
+        """The validation loss of the weights that were returned, else the newest one."""
+        newest, returned = self.last("validation", "loss"), self.metrics.get("final_loss")
+        return returned if is_finite(newest) and is_finite(returned) else newest
+
+    @property
     def weight_bits(self) -> Any:
         """Bits of a trained weight: of the configuration, else of the first layer that has any."""
         found = self.config.get("weight_bits")
@@ -174,9 +180,7 @@ def headline(run: Loaded) -> str:
     figures = []
     if is_finite(run.best_accuracy):
         figures.append(f"best validation accuracy {share(run.best_accuracy)}")
-    loss = run.last("validation", "loss")
-    if is_finite(loss) and is_finite(run.metrics.get("final_loss")):
-        loss = run.metrics["final_loss"]  # of the weights that were returned
+    loss = run.validation_loss
     if is_finite(loss):
         figures.append(f"{'final' if run.result else 'last'} validation loss {number(loss)}")
     bits = run.last("validation", "bits_per_byte")
@@ -234,7 +238,7 @@ def tiles(run: Loaded) -> list[tuple[str, str]]:
     speeds = sorted(points(run.rows, "train", "step", "samples_per_s")[0][1])
     found = [
         ("Best validation accuracy", share(run.best_accuracy)),
-        ("Validation loss", number(run.last("validation", "loss"))),
+        ("Validation loss", number(run.validation_loss)),
         ("Bits per byte", number(run.last("validation", "bits_per_byte"))),
         ("Training loss", number(run.last("train", "loss"))),
         ("Steps", _of_all(run)),
@@ -252,15 +256,20 @@ def _of_all(run: Loaded) -> str:
 
 
 def final_table(run: Loaded) -> Table | None:
-    """Every figure of the result."""
-    rows = [[label(_without_unit(key)), _worded(key, value)] for key, value in _flat(run.metrics)]
-    return _pairs(rows, "Figure")
+    """Every figure of the result; one that is given in two units stands once."""
+    rows = [(label(_without_unit(key)), _worded(key, value)) for key, value in _flat(run.metrics)]
+    return _pairs([list(row) for row in dict.fromkeys(rows)], "Figure")
 
 
 def config_table(run: Loaded) -> Table | None:
-    """Every setting, nested keys joined by dots."""
+    """Every setting."""
+    return _pairs([list(pair) for pair in settings_of(run)], "Setting")
+
+
+def settings_of(run: Loaded) -> list[tuple[str, str]]:
+    """Every setting and its value as text, nested keys joined by dots."""
     # As written, not rounded: someone may type these figures in again.
-    return _pairs([[key, _exact(value)] for key, value in _flat(run.config)], "Setting")
+    return [(key, _exact(value)) for key, value in _flat(run.config)]
 
 
 _MACHINE = {
@@ -308,14 +317,18 @@ def data_tables(run: Loaded) -> tuple[Table | None, Table | None]:
         if reasons
         else None
     )
-    if not parts:
-        return _pairs([[label(key), text(value)] for key, value in _flat(shared)], "Data"), dropped
-    names = list(parts)
-    flat = {name: dict(_flat(parts[name])) for name in names}
-    keys = list(dict.fromkeys(key for name in names for key in flat[name]))
-    rows = [[label(key), *(text(flat[name].get(key)) for name in names)] for key in keys]
-    rows += [[label(key), text(value), *[""] * (len(names) - 1)] for key, value in _flat(shared)]
-    return Table(head=["Data", *(label(name) for name in names)], rows=rows), dropped
+    flat = {name: dict(_flat(part)) for name, part in parts.items()} or {"": {}}
+    keys = dict.fromkeys(key for part in flat.values() for key in part)
+    rows = [[_data_label(key), *(text(part.get(key)) for part in flat.values())] for key in keys]
+    rows += [[_data_label(key), text(value), *[""] * (len(flat) - 1)] for key, value in _flat(shared)]
+    rows = [row for row in rows if any(cell not in ("", MISSING) for cell in row[1:])]
+    heads = [label(name) for name in parts] or ["Value"]
+    return Table(head=["Data", *heads], rows=rows) if rows else None, dropped
+
+
+def _data_label(key: str) -> str:
+    """A key of the data's description in words; what a part of it says is said of that part."""
+    return label(key.replace("num_", "").replace("vocab_", "vocabulary_").replace(".", "_"))
 
 
 def nothing_left_out(run: Loaded) -> bool:

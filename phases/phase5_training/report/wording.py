@@ -49,6 +49,26 @@ def share(value: Any) -> str:
     return f"{value:.1%}"
 
 
+def rises(figure: str) -> bool:
+    """Whether more of a validation figure is better; those of one task of several have its name in front.
+
+    Example:
+        >>> rises("accuracy"), rises("parity/accuracy"), rises("loss")
+        (True, True, False)
+    """
+    return figure.endswith(("accuracy", "r2"))
+
+
+def figure_value(value: Any, figure: str) -> str:
+    """A validation figure as text: accuracy as a percentage, others as they are.
+
+    Example:
+        >>> figure_value(0.95, "accuracy"), figure_value(2.1, "bits_per_byte")
+        ('95.0%', '2.1')
+    """
+    return share(value) if figure.endswith("accuracy") else number(value)
+
+
 def duration(seconds: Any) -> str:
     """A time in the two largest units that matter.
 
