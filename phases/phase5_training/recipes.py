@@ -282,7 +282,7 @@ def read_tuned(path: str | Path) -> dict[tuple[str, str], Tuned]:
                 steps=row["tuning_steps"],
                 seconds=row["tuning_seconds"],
                 trials=row["tuning_trials"],
-                source=str(path),
+                source=Path(path).name,  # a record says nothing about the machine's folders
             )
             for row in rows
         }
