@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--cap-seconds", type=float)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tune", action="store_true", help="tune the recipes and stop there")
+    parser.add_argument("--tuned-on", choices=TASKS, help="take the figures that were tuned on this task")
     parser.add_argument("--tuned", type=Path, default=RECORDS / "tuned.jsonl")
     parser.add_argument("--record", type=Path, default=RECORDS / "time_to_target.jsonl")
     parser.add_argument("--output-dir", default="runs")
@@ -49,6 +50,8 @@ def main() -> None:
     for name in found.task:
         contest = built_in(name, found.output_dir, **changes)
         known = {**BUILT_IN, **(read_tuned(found.tuned) if found.tuned.exists() else {})}
+        if found.tuned_on:
+            known |= {(name, recipe): own for (on, recipe), own in known.items() if on == found.tuned_on}
         for base in dict.fromkeys(RECIPES[recipe].tuned_as for recipe in recipes):
             if base and (found.tune or (name, base) not in known):
                 print(f"{name}: tuning {RECIPES[base].title}", flush=True)

@@ -113,6 +113,11 @@ RECIPES: dict[str, Recipe] = {
         options={**_FLOAT, **_NO_FILTER, "optimizer": "muon"},
         tuned_as="float_muon",
     ),
+    "float_bf16": Recipe(
+        title="float AdamW, tuned, bf16",
+        options={**_FLOAT, **_NO_FILTER, "optimizer": "adamw", "use_amp": True},
+        tuned_as="float",
+    ),
     "naive": Recipe(
         title="fake-quant ternary AdamW, tuned",
         options={**_FLOAT, **_NO_FILTER, "optimizer": "adamw"},
@@ -132,9 +137,10 @@ class BenchTask:
     Args:
         task: name in ``tasks.TASKS``. task_options: of its function.
         options: of every run, whatever the recipe.
-        tuned_schedule: shape of the rate for every recipe that is tuned.
-        decays: that tuning tries. lengths: of the run that tuning tries, as shares of its max_steps; the
-            rate falls to its end in each, so a run cut short is no substitute.
+        rates: optimizers and rates that tuning tries; see RATES.
+        decays: of weights that tuning tries.
+        schedules: shapes of the rate that tuning tries, each with its length as a share of max_steps. A rate
+            falls to the end of its length, so a run cut short is no substitute.
         targets: figures to reach, or the name of a recipe whose held figure is the target.
         delayed: generalization comes long after the fit, so short trials show nothing.
     """
@@ -142,20 +148,29 @@ class BenchTask:
     task: str
     task_options: Options = field(default_factory=dict)
     options: Options
-    tuned_schedule: str = "linear"
+    rates: Mapping[str, tuple[tuple[str, float], ...]] = field(default_factory=lambda: RATES)
     decays: tuple[float, ...] = (0.1,)
-    lengths: tuple[float, ...] = (1.0,)
+    schedules: tuple[tuple[str, float], ...] = (("linear", 1.0),)
     targets: tuple[float | str, ...] = (0.95, 0.99)
     delayed: bool = False
 
 
-def _modular(operation: str, cap: int = 1000) -> BenchTask:
+# Around the best rates of benchmarks/records/sweep_modular.jsonl.
+_MODULAR_RATES: dict[str, tuple[tuple[str, float], ...]] = {
+    "adamw": tuple(("adamw", rate) for rate in (5e-4, 1e-3, 1.5e-3, 2e-3)),
+    "muon": tuple(("muon", rate) for rate in (1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "auto": (("adamw", 1e-3), ("adamw", 1.5e-3), ("muon", 6e-3), ("muon", 1.2e-2)),
+}
+
+
+def _modular(operation: str, cap: int = 450) -> BenchTask:
     return BenchTask(
         task="modular_arithmetic",
         task_options={"operation": operation},
         options={"model": "decoder", "batch_size": 512, "max_steps": cap, "eval_interval": 15},
-        tuned_schedule="constant",
-        decays=(0.1, 1.0, 6.0),
+        rates=_MODULAR_RATES,
+        decays=(3.0, 6.0),
+        schedules=(("constant", 1.0), ("linear", 0.5)),
         delayed=True,
     )
 
@@ -183,7 +198,7 @@ TASKS: dict[str, BenchTask] = {
         task_options={"validation_share": 0.4},
         options={**_DIGITS, "max_steps": 510, "eval_interval": 17},
         decays=(0.01, 0.1, 1.0),
-        lengths=(1.0, 0.5),
+        schedules=(("linear", 1.0), ("linear", 0.5)),
     ),
     "digits_small": BenchTask(
         task="digits",
@@ -204,7 +219,7 @@ TASKS: dict[str, BenchTask] = {
             "max_steps": 600,
             "eval_interval": 30,
         },
-        lengths=(1.0, 0.5),
+        schedules=(("linear", 1.0), ("linear", 0.5)),
         targets=("float", "float_muon"),
     ),
     "breast_cancer": _table("breast_cancer", (0.95, "float")),
@@ -250,18 +265,18 @@ BUILT_IN: dict[tuple[str, str], Tuned] = {
 
 
 def grid(recipe: Recipe, task: BenchTask) -> list[Options]:
-    """What tuning tries for a recipe on a built-in task: every rate of its optimizer, decay and length."""
+    """What tuning tries for a recipe on a built-in task: every rate of its optimizer, decay and schedule."""
     return [
         {
             "optimizer": optimizer,
             "learning_rate": rate,
             "weight_decay": decay,
-            "schedule": task.tuned_schedule,
+            "schedule": schedule,
             "warmup_steps": 10,
             **({} if length == 1 else {"max_steps": round(length * task.options["max_steps"])}),
         }
-        for (optimizer, rate), decay, length in itertools.product(
-            RATES[recipe.options["optimizer"]], task.decays, task.lengths
+        for (optimizer, rate), decay, (schedule, length) in itertools.product(
+            task.rates[recipe.options["optimizer"]], task.decays, task.schedules
         )
     ]
 

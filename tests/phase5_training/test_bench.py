@@ -124,12 +124,13 @@ class TestRecipes:
         assert len(sizes) == 1
 
     @pytest.mark.parametrize("task", TASKS)
-    def test_a_grid_has_every_rate_decay_and_length_once(self, task):
+    def test_a_grid_has_every_rate_decay_and_schedule_once(self, task):
         found = grid(RECIPES["forge"], TASKS[task])
-        keys = ("optimizer", "learning_rate", "weight_decay", "max_steps")
+        keys = ("optimizer", "learning_rate", "weight_decay", "schedule", "max_steps")
         assert len({tuple(each.get(key) for key in keys) for each in found}) == len(found)
         whole = TASKS[task].options["max_steps"]
-        assert {each.get("max_steps", whole) / whole for each in found} == set(TASKS[task].lengths)
+        shapes = {(each["schedule"], each.get("max_steps", whole) / whole) for each in found}
+        assert shapes == set(TASKS[task].schedules)
         assert {each["optimizer"] for each in found} == {"muon", "adamw"}
         assert {each["optimizer"] for each in grid(RECIPES["float"], TASKS[task])} == {"adamw"}
 
