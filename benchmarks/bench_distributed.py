@@ -9,7 +9,8 @@ falls on all alike. A rank has the same tokens a step in all cases (weak scaling
     case           processes and mode; fsdp_float gathers float32 latents, fsdp the codes in 2 bits
     tokens_per_s   one figure a round, over the steps after the first five
     efficiency     tokens_per_s over processes times those of one process, of the same round
-    gathered       bytes that a rank hands to all-gather in a step; scattered: to reduce-scatter
+    gathered       bytes that a rank hands to all-gather in a step, as the run counts them
+    reduced        the same of gradients, to all-reduce or reduce-scatter
     loopback       bytes a step on the machine's loopback device, which is all that its ranks send
 
 The loopback counts what anybody on the machine sends, in packets with their heads.
@@ -58,14 +59,14 @@ def main() -> None:
     rows = []
     for case, turns in found.items():
         speeds = [turn["tokens_per_s"] for turn in turns]
-        row = {"case": case, "tokens_per_s": speeds, **{k: turns[-1][k] for k in ("gathered", "scattered")}}
+        row = {"case": case, "tokens_per_s": speeds, **{k: turns[-1][k] for k in ("gathered", "reduced")}}
         row["loopback"] = statistics.median(turn["loopback"] for turn in turns)
         if "1" in found and case != "1":
             pairs = zip(turns, found["1"], strict=True)
             row["efficiency"] = [a["tokens_per_s"] / b["tokens_per_s"] / int(case[0]) for a, b in pairs]
             low, middle, high = quartiles(row["efficiency"])
             print(f"{case}: efficiency {middle:.0%} ({low:.0%} to {high:.0%})")
-        print(f"{case}: gathered {row['gathered']:.3g}, loopback {row['loopback']:.3g} bytes a step")
+        print(f"{case}: gathered {row['gathered']:.4g}, reduced {row['reduced']:.4g} bytes a step")
         rows.append(row)
     if options.output:
         sizes = {key: getattr(options, key) for key in ("width", "layers", "tokens", "steps")}
@@ -118,18 +119,17 @@ def work(options: argparse.Namespace) -> None:
     marks: list[tuple[float, int, int, int]] = []
 
     def mark(step: int, metrics: dict[str, Any]) -> None:
-        traffic = made._spread.traffic
-        counts = (traffic.gathered, traffic.scattered) if traffic else (0, 0)
-        marks.append((time.perf_counter(), loopback(), *counts))
+        traffic = made.ranks.traffic
+        marks.append((time.perf_counter(), loopback(), traffic.gathered, traffic.reduced))
 
     made.register_callback("step_end", mark)
     made.run()
     if not made.ranks.first:
         return
     first, last, steps = marks[WARMUP - 1], marks[-1], len(marks) - WARMUP
-    seconds, sent, gathered, scattered = (b - a for a, b in zip(first, last, strict=True))
+    seconds, sent, gathered, reduced = (b - a for a, b in zip(first, last, strict=True))
     found = {"tokens_per_s": steps * batch * length / seconds, "loopback": sent / steps}
-    found |= {"gathered": gathered / steps, "scattered": scattered / steps}
+    found |= {"gathered": gathered / steps, "reduced": reduced / steps}
     (Path(folder) / "found.json").write_text(json.dumps(found))
 
 

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from interleave import circumstances, write_rows
 from phase4_bitnet import build_model, ternary_layers
 from phase5_training.config import TrainingConfig
-from phase5_training.distributed import Ranks
+from phase5_training.distributed import Ranks, Traffic
 from phase5_training.sharded import codes_travel, local_part, shard
 
 SIZES = {
@@ -73,7 +73,7 @@ def count(size: dict[str, int], ranks: int) -> dict[str, Any]:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         pretended = Pretended(ranks)
-        shard(model, TrainingConfig(), pretended, torch.device("cpu"))
+        shard(model, TrainingConfig(), pretended, torch.device("cpu"), Traffic())
         own = sum(local_part(p).numel() for p in model.parameters() if isinstance(p, DTensor))
         coded = [layer for _, layer in ternary_layers(model) if codes_travel(layer)]
         codes = sum(layer.codes.numel() + layer.packed_codes.numel() for layer in coded)  # type: ignore[operator]

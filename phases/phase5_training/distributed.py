@@ -8,6 +8,7 @@ Only the first rank writes files and speaks on the console.
 """
 
 import atexit
+import copy
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -30,6 +31,18 @@ Units = TypeVar("Units", int, Tensor, int | Tensor)
 TIMEOUT = timedelta(minutes=30)
 
 
+class Traffic:
+    """Bytes of tensors that this rank has handed to the collectives of training.
+
+    Args:
+        gathered: weights, or the updates of Muon, that other ranks are to have.
+        reduced: gradients that are added up.
+    """
+
+    def __init__(self) -> None:
+        self.gathered = self.reduced = 0
+
+
 class Ranks:
     """One process alone.
 
@@ -42,6 +55,9 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+
+    def __init__(self) -> None:
+        self.traffic = Traffic()
 
     @property
     def first(self) -> bool:
@@ -99,6 +115,10 @@ class Ranks:
     def seed(self, *numbers: int) -> None:
         """Seed all generators by these numbers; alone they run on, as in any program."""
 
+    def bytes_per_step(self, steps: int) -> dict[str, float]:
+        """:class:`Traffic` since the last call, which is ``steps`` steps ago; alone there is none."""
+        return {}
+
 
 class ProcessGroup(Ranks):
     """This process among the others of a process group of torch.
@@ -110,9 +130,11 @@ class ProcessGroup(Ranks):
     """
 
     def __init__(self, group: Any = None) -> None:
+        super().__init__()
         self.group = group
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self._told = Traffic()
 
     def chosen(self, value: T) -> T:
         """See :class:`Ranks`."""
@@ -191,6 +213,16 @@ class ProcessGroup(Ranks):
         random.seed(int(words[0]))
         np.random.seed(int(words[1]))
         torch.manual_seed(int(words[2]))
+
+    def bytes_per_step(self, steps: int) -> dict[str, float]:
+        """See :class:`Ranks`."""
+        now, before = self.traffic, self._told
+        found = {
+            "gathered_bytes_per_step": (now.gathered - before.gathered) / max(1, steps),
+            "reduced_bytes_per_step": (now.reduced - before.reduced) / max(1, steps),
+        }
+        self._told = copy.copy(now)
+        return found
 
     def _sum(self, values: Sequence[float]) -> list[float]:
         sums = torch.tensor([float(v) for v in values], dtype=torch.float64)

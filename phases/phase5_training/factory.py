@@ -179,8 +179,6 @@ class TrainingPipeline:
             monitor=monitor,
             experiment_name=self.run_directory.path.name,
         )
-        parts = self._spread.traffic is not None
-        store = checkpoints_of(self.run_directory.checkpoints, config.keep_checkpoints, ranks, parts=parts)
         self.loop = TrainingLoop(
             self._spread.called,
             self.optimizer,
@@ -188,7 +186,7 @@ class TrainingPipeline:
             scheduler=GrokfastScheduler(self.optimizer, plan),
             validator=validator,
             early_stopping=early_stopping_of(config, monitor) if validator is not None else None,
-            checkpoints=store,
+            checkpoints=checkpoints_of(self.run_directory, config, ranks, self._spread.parts),
             callbacks=self.callbacks,
             device=self.device,
             scaler=torch.amp.GradScaler("cuda") if use_amp and amp_dtype == torch.float16 else None,

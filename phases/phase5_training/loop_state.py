@@ -18,6 +18,8 @@ class LoopState:
         train_loss, train_accuracy: means of the last log that had some. first_loss: of step 1.
         logged_step, validated_step: of the last log and validation.
         saved_step: of the newest checkpoint that is whole on the disk.
+        gathered_bytes_per_step, reduced_bytes_per_step: of one of several ranks, at the last log; see
+            :class:`phase5_training.distributed.Traffic`.
         micro_batch_size: samples per forward that fit in memory, where more did not.
         rollbacks: times that the run went back to a checkpoint because of bad numbers.
     """
@@ -38,6 +40,8 @@ class LoopState:
     validated_step: int = -1
     saved_step: int = -1
     phase: str | None = None
+    gathered_bytes_per_step: float | None = None
+    reduced_bytes_per_step: float | None = None
     micro_batch_size: int | None = None
     rollbacks: int = 0
     stop_reason: str = ""
@@ -47,6 +51,8 @@ class LoopState:
         if skipped < steps:
             self.train_loss, self.train_accuracy = figures["loss"], figures["accuracy"]
         self.nonfinite += skipped
+        self.gathered_bytes_per_step = figures.get("gathered_bytes_per_step")
+        self.reduced_bytes_per_step = figures.get("reduced_bytes_per_step")
 
     def note_validation(self, figures: dict[str, Any]) -> None:
         """Take the figures of a validation after the current step."""

@@ -57,23 +57,33 @@ class Muon(torch.optim.Muon):
         return loss
 
     def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        momentum = state["momentum_buffer"]
-        momentum.lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-        tall = update.shape[0] > update.shape[1]
-        wide = (update.t() if tall else update).float()
-        left, right = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rate = float(group["lr"])
-        keep = 1 - rate * group["weight_decay"]
-        scale = -rate * rate_factor(group["adjust_lr_fn"], *p.shape)
+        tall, left, right = self._factors(self._update_of(p, grad, group), group)
+        keep, scale = self._rates(p, group)
         target = p.t() if tall else p
         if p.dtype == torch.float32:  # the last product adds to the weight itself
             target.addmm_(left, right, beta=keep, alpha=scale)
         else:
             target.mul_(keep).add_(left @ right, alpha=scale)
+
+    def _update_of(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> Tensor:
+        """The gradient with momentum, which this advances."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(grad)
+        momentum = state["momentum_buffer"]
+        momentum.lerp_(grad, 1 - group["momentum"])
+        return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+
+    def _factors(self, update: Tensor, group: dict[str, Any]) -> tuple[bool, Tensor, Tensor]:
+        """Whether the update is tall, and the factors of its direction, transposed if so."""
+        tall = update.shape[0] > update.shape[1]
+        wide = (update.t() if tall else update).float()
+        return tall, *orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+    def _rates(self, whole: Tensor, group: dict[str, Any]) -> tuple[float, float]:
+        """Factors on the weights and on the direction, for a matrix of the shape of ``whole``."""
+        rate = float(group["lr"])
+        return 1 - rate * group["weight_decay"], -rate * rate_factor(group["adjust_lr_fn"], *whole.shape)
 
 
 def orthogonalize(

@@ -1,6 +1,7 @@
 """How a model is spread over the ranks of a run: copies with averaged gradients (DDP), or parts (FSDP2)."""
 
 import copy
+import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from phase4_bitnet.layers import ternary_layers
 from phase5_training.batches import rows_of, to_device
 from phase5_training.config import TrainingConfig
-from phase5_training.distributed import Ranks, may_restart, restarts
+from phase5_training.distributed import Ranks, Traffic, may_restart, restarts
 from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss
 from phase5_training.modes import eval_mode
@@ -24,7 +25,7 @@ from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.recorder import SilentRun
 from phase5_training.records import RunDirectory
-from phase5_training.sharded import ShardedOptimizer, Traffic, codes_travel, shard, whole_state
+from phase5_training.sharded import ShardedOptimizer, codes_travel, shard, whole_state
 
 # Of training with AdamW and a float32 slow average: latent, gradient, two moments, average, code.
 BYTES_A_WEIGHT = 4 + 4 + 8 + 4 + 1
@@ -74,28 +75,28 @@ class Spread:
 
     Args:
         called: what to call in training.
-        optimizer: the class that trains it.
+        optimizer: what makes a BitNetOptimizer that trains it.
         notices: sentences about it.
-        whole: on the first rank, a copy to be filled with the whole weights, where ``model`` has parts.
-        traffic: counts bytes, where ``model`` has parts.
+        parts: each rank has rows of the weights, and not all of them.
+        whole: on the first rank, a copy to be filled with the whole weights, where there are ``parts``.
     """
 
     called: Callable[..., Any]
-    optimizer: type[BitNetOptimizer] = BitNetOptimizer
+    optimizer: Callable[..., BitNetOptimizer] = BitNetOptimizer
     notices: tuple[str, ...] = ()
+    parts: bool = False
     whole: nn.Module | None = None
-    traffic: Traffic | None = None
 
     def settle(self, optimizer: BitNetOptimizer) -> None:
         """After the last step: layers derive their codes by themselves, or all ranks do once more."""
-        if self.traffic is None:
-            optimizer.release()
-        else:
+        if self.parts:
             optimizer.requantize()
+        else:
+            optimizer.release()
 
     def finished(self, model: nn.Module) -> nn.Module:
         """The model to hand on: ``model``, or on the first rank the whole of its parts; all ranks call."""
-        if self.traffic is None:
+        if not self.parts:
             return model
         state = whole_state(model, keep=self.whole is not None)
         if self.whole is None:
@@ -133,15 +134,14 @@ def spread(
     sent = f"{size * width / 1e6:.3g} MB of {word} gradients a step are added up"
     if parts:
         whole = copy.deepcopy(model).cpu() if ranks.first else None
-        traffic = shard(model, config, ranks, device)
+        shard(model, config, ranks, device, ranks.traffic)
         coded = sum(codes_travel(layer) for _, layer in ternary_layers(model))
         notice = (
             f"{ranks.world_size} ranks, each with a part of every weight (fsdp); {coded} layers travel as "
         )
         notice += f"2-bit codes; {sent}"
-        return Spread(
-            called=model, optimizer=ShardedOptimizer, notices=(notice,), whole=whole, traffic=traffic
-        )
+        made = functools.partial(ShardedOptimizer, traffic=ranks.traffic)
+        return Spread(called=model, optimizer=made, notices=(notice,), parts=True, whole=whole)
     unused = ranks.any(bool(unused_parameters(model, loss, batch, device)))
     copies = DistributedDataParallel(
         called,
@@ -150,8 +150,7 @@ def spread(
         find_unused_parameters=unused,
         **_LEAVE_BUFFERS,
     )
-    if width == 2:
-        copies.register_comm_hook(None, _in_bfloat16)
+    copies.register_comm_hook((ranks.traffic, torch.bfloat16 if width == 2 else None), _averaged)
     notice = f"{ranks.world_size} ranks, each with the whole model (ddp); {sent}"
     return Spread(called=copies, notices=(notice,))
 
@@ -177,15 +176,20 @@ def in_parts(wanted: str, model: nn.Module, device: torch.device, ranks: Ranks) 
     return size * BYTES_A_WEIGHT > memory / 2
 
 
-def _in_bfloat16(
-    group: None,
+def _averaged(
+    how: tuple[Traffic, torch.dtype | None],
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """Average a bucket of gradients in bfloat16; torch's own hook does so with NCCL only."""
+    """Average a bucket of gradients, in its own type or another, and count the bytes.
+
+    As torch's own hooks do, of which those for other types need NCCL.
+    """
+    traffic, dtype = how
     whole = bucket.buffer()
-    sent = whole.to(torch.bfloat16).div_(dist.get_world_size())
-    done = dist.all_reduce(sent, async_op=True).get_future()
-    return done.then(lambda summed: whole.copy_(summed.value()[0]))
+    sent = whole if dtype is None else whole.to(dtype)
+    traffic.reduced += sent.nbytes
+    done = dist.all_reduce(sent.div_(dist.get_world_size()), async_op=True).get_future()
+    return done.then(lambda summed: whole if dtype is None else whole.copy_(summed.value()[0]))
 
 
 def unused_parameters(

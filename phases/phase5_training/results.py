@@ -27,7 +27,8 @@ class TrainingResult:
         success: the run came to its end; False when it was interrupted.
         model: the trained model, in eval mode, with the best weights where validation chose some.
         metrics: final_loss, final_accuracy, best_val_loss, best_accuracy, epochs_completed, steps,
-            training_time_hours, and the other figures of the last validation.
+            training_time_hours, and the other figures of the last validation; with several processes
+            gathered_bytes_per_step and reduced_bytes_per_step, what this one sent.
         run_dir: the run's folder.
         stop_reason: why it ended: "finished", "early_stop", "max_steps", "max_seconds", "interrupted".
         notice: what the way it ended calls for, in one line; empty for nothing.
@@ -61,6 +62,9 @@ def result_metrics(state: LoopState) -> dict[str, Any]:
         "training_time_seconds": state.seconds,
         "training_time_hours": state.seconds / 3600,
     }
+    if state.reduced_bytes_per_step is not None:
+        metrics["gathered_bytes_per_step"] = state.gathered_bytes_per_step
+        metrics["reduced_bytes_per_step"] = state.reduced_bytes_per_step
     for key in ("perplexity", "bits_per_byte", "mse", "mae", "r2"):
         if validation.get(key) is not None:
             metrics[key] = validation[key]

@@ -22,27 +22,24 @@ from phase4_bitnet.layers import TernaryWeight, ternary_layers
 from phase4_bitnet.sharding import ShardedLatent, magnitudes, pack_rows, plain_rows
 from phase4_bitnet.ternary import requantize_
 from phase5_training.config import TrainingConfig
-from phase5_training.distributed import Ranks
+from phase5_training.distributed import Ranks, Traffic
 from phase5_training.errors import UsageError
-from phase5_training.muon import Muon, orthogonalize, rate_factor
+from phase5_training.muon import Muon
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 
 _CODES = (".codes", ".scale")
 
 
-class Traffic:
-    """Bytes that this rank hands to the collectives of FSDP; counted by being called in their place."""
-
-    def __init__(self) -> None:
-        self.gathered = self.scattered = 0
-
-
-class _Gather(AllGather):
-    def __init__(self, traffic: Traffic) -> None:
-        self._traffic = traffic
+class _Buffers:
+    """Where FSDP's collectives put what they send and receive."""
 
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Buffers, AllGather):
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
@@ -51,21 +48,20 @@ class _Gather(AllGather):
         return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
-class _Scatter(ReduceScatter):
+class _Scatter(_Buffers, ReduceScatter):
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
-
-    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:
-        self._traffic.scattered += input_tensor.nbytes
+        self._traffic.reduced += input_tensor.nbytes
         return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
-def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device) -> Traffic:
+def shard(
+    model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device, traffic: Traffic
+) -> None:
     """Leave this rank its rows of every weight, in place; what is called stays ``model`` itself.
 
     Blocks, the elements of a ModuleList that have parts, are gathered one at a time; the rest at once.
@@ -75,6 +71,7 @@ def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.
         config: ``gradient_compression``, and what cannot be done in parts.
         ranks: how many parts.
         device: where the model is.
+        traffic: counts the bytes of what is gathered and reduced.
 
     Raises:
         UsageError: an option that needs whole weights.
@@ -88,7 +85,6 @@ def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.
     for block in _blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    traffic = Traffic()
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(_Gather(traffic))
@@ -98,7 +94,6 @@ def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.
     for _, layer in ternary_layers(model):
         _keep_own_codes(layer)
     model.register_load_state_dict_pre_hook(_parts_of_whole)
-    return traffic
 
 
 def _refuse(config: TrainingConfig) -> None:
@@ -209,24 +204,18 @@ class ShardedMuon(Muon):
     """
 
     wholes: Mapping[Tensor, DTensor]
+    traffic: Traffic
 
     def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(grad)
-        momentum = state["momentum_buffer"]
-        momentum.lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         like = self.wholes[p]
-        whole = as_part(update, like).full_tensor().float()
-        tall = whole.shape[0] > whole.shape[1]
-        wide = whole.t() if tall else whole
-        left, right = orthogonalize(wide, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        own = self._update_of(p, grad, group)
+        self.traffic.gathered += own.nbytes
+        update = as_part(own, like).full_tensor()
+        tall, left, right = self._factors(update, group)
         direction = left @ right
         rows = local_part(rows_of_rank(direction.t() if tall else direction, like))
-        rate = float(group["lr"])
-        p.mul_(1 - rate * group["weight_decay"])
-        p.add_(rows, alpha=-rate * rate_factor(group["adjust_lr_fn"], *like.shape))
+        keep, scale = self._rates(like, group)
+        p.mul_(keep).add_(rows, alpha=scale)
 
 
 class ShardedOptimizer(BitNetOptimizer):
@@ -235,19 +224,22 @@ class ShardedOptimizer(BitNetOptimizer):
     Args:
         optimizers: by name, over FSDP's parameters, not stepped yet; made anew over this rank's rows.
         model: sharded.
+        traffic: counts the bytes of what is gathered.
         options: of :class:`BitNetOptimizer`.
     """
 
     _whole_layers = False
 
-    def __init__(self, optimizers: Sequence[Optimizer], model: nn.Module, **options: Any) -> None:
+    def __init__(
+        self, optimizers: Sequence[Optimizer], model: nn.Module, *, traffic: Traffic, **options: Any
+    ) -> None:
         self._parts: list[tuple[nn.Parameter, nn.Parameter]] = []
         local: dict[Tensor, nn.Parameter] = {}
         for p in model.parameters():
             if isinstance(p, DTensor):
                 local[p] = nn.Parameter(local_part(p), requires_grad=p.requires_grad)
                 self._parts.append((p, local[p]))
-        super().__init__([_over_rows(o, local) for o in optimizers], model, **options)
+        super().__init__([_over_rows(o, local, traffic) for o in optimizers], model, **options)
         for layer in self._layers:
             if not codes_travel(layer):
                 layer.codes_are_current = False
@@ -322,12 +314,13 @@ class ShardedOptimizer(BitNetOptimizer):
         self._requantize(self._layers)
 
 
-def _over_rows(optimizer: Optimizer, local: Mapping[Any, nn.Parameter]) -> Optimizer:
+def _over_rows(optimizer: Optimizer, local: Mapping[Any, nn.Parameter], traffic: Traffic) -> Optimizer:
     """The same optimizer over this rank's rows."""
     if isinstance(optimizer, torch.optim.Muon):
         held = [p for g in optimizer.param_groups for p in g["params"]]
         made = ShardedMuon([local[p] for p in held], **optimizer.defaults)
         made.wholes = {local[p]: p for p in held if isinstance(p, DTensor)}
+        made.traffic = traffic
         return made
     for group in optimizer.param_groups:
         group["params"] = [local.get(p, p) for p in group["params"]]

@@ -22,24 +22,28 @@ from phase5_training.checkpoint import (
     take_snapshot,
     write_rest,
 )
+from phase5_training.config import TrainingConfig
 from phase5_training.distributed import Ranks
+from phase5_training.records import RunDirectory
 from phase5_training.tensor_files import tensor_file
 
 T = TypeVar("T")
 
 
-def checkpoints_of(folder: Path, keep: int, ranks: Ranks, *, parts: bool = False) -> CheckpointStore:
+def checkpoints_of(run: RunDirectory, config: TrainingConfig, ranks: Ranks, parts: bool) -> CheckpointStore:
     """The checkpoints of a run.
 
     Args:
-        folder, keep: see CheckpointStore.
+        run: its folder.
+        config: ``keep_checkpoints``.
         ranks: who takes part; all call.
         parts: each rank has rows of the weights, and writes and reads what it has.
     """
+    keep = config.keep_checkpoints
     if ranks.alone:
-        return CheckpointStore(folder=folder, keep=keep)
+        return CheckpointStore(folder=run.checkpoints, keep=keep)
     mesh = init_device_mesh("cpu", (ranks.world_size,)) if parts else None
-    return SharedCheckpoints(folder=folder, keep=keep, ranks=ranks, mesh=mesh)
+    return SharedCheckpoints(folder=run.checkpoints, keep=keep, ranks=ranks, mesh=mesh)
 
 
 class _Write(BackgroundTask[Path]):

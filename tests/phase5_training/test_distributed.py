@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from phase5_training.config import load_yaml, parse_config
-from phase5_training.distributed import ProcessGroup, Ranks, join, launched
+from phase5_training.distributed import ProcessGroup, Ranks, Traffic, join, launched
 from phase5_training.errors import ForgeError, UsageError
 from phase5_training.parallel import in_parts, on_ranks
 from phase5_training.sharded import shard
@@ -70,7 +70,17 @@ def two(ranks_folder, four):
     """Return what two ranks found, who also go on with what four began."""
     names = ["equal", "again", "numbers", "tokens", "micro", "bf16", "stopped", "memory", "nonfinite", "rest"]
     names += ["rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
-    parts = ["equal", "muon", "stopped", "rest", "rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
+    parts = [
+        "equal",
+        "muon",
+        "stopped",
+        "short",
+        "floats",
+        "rest",
+        "rest_in_the_other_mode",
+        "rest_of_damaged",
+        "failed_save",
+    ]
     return run_jobs(ranks_folder, 2, *(f"ddp.{n}" for n in names), *(f"fsdp.{n}" for n in parts))
 
 
@@ -102,9 +112,20 @@ def test_two_ranks_with_parts_of_the_model_give_the_same_run(two, tmp_path, name
     assert_same_run(two[0][f"fsdp.{name}"], one(name, tmp_path))
 
 
-def test_parts_travel_as_codes(two):
-    """In float32 the two hidden latents alone would take 2816 bytes of a rank in each forward."""
-    assert two[0]["fsdp.equal"]["gathered"] / 50 < 2816 / 3
+# Of the network 12 -> 32 -> 32 -> 3: two ternary layers, their biases and gains, and a float head.
+CODED, FLOAT = 12 * 32 + 32 * 32, 32 + 32 + 32 + 32 + 32 * 3 + 3
+
+
+def test_the_bytes_of_a_step_are_those_of_codes_and_of_all_gradients(two):
+    """FSDP pads to as many rows on each rank: a head of 4. Codes are a sixteenth of what they stand for."""
+    padded = FLOAT + 33
+    assert two[0]["ddp.equal"]["bytes"] == [0, 4 * (CODED + FLOAT)]
+    assert two[0]["ddp.bf16"]["bytes"] == [0, 2 * (CODED + FLOAT)]
+    assert two[0]["fsdp.equal"]["bytes"] == [(CODED // 4 + 4 * padded) // 2, 4 * (CODED + padded)]
+    assert two[0]["fsdp.floats"]["bytes"] == [(4 * CODED + 4 * padded) // 2, 4 * (CODED + padded)]
+    assert two[0]["fsdp.floats"]["losses"] == pytest.approx(two[0]["fsdp.short"]["losses"], rel=SAME)
+    # Muon's updates of the two ternary matrices travel in float32.
+    assert two[0]["fsdp.muon"]["bytes"][0] == two[0]["fsdp.equal"]["bytes"][0] + 4 * CODED // 2
 
 
 def test_the_same_ranks_give_the_same_bits_again(two):
@@ -254,7 +275,7 @@ def group(**own):
 def test_what_parts_cannot_do_is_refused_with_a_remedy(options, remedy):
     config = jobs.pipeline(jobs.Path("x"), "fsdp").config.model_copy(update=options)
     with pytest.raises(UsageError, match=remedy):
-        shard(nn.Linear(2, 2), config, Ranks(), torch.device("cpu"))
+        shard(nn.Linear(2, 2), config, Ranks(), torch.device("cpu"), Traffic())
 
 
 @pytest.mark.parametrize(

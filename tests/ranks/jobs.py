@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from phase5_training import checkpoint, cli, create_training_pipeline, report, shared_checkpoints
+from phase5_training import checkpoint, cli, create_training_pipeline, report, sharded, shared_checkpoints
 from phase5_training.checkpoint import CheckpointStore
 from phase5_training.distributed import join
 from phase5_training.errors import ForgeError
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-STEPS = 50
+STEPS, SHORT = 50, 16
 
 
 class Rows(torch.utils.data.TensorDataset):
@@ -53,7 +53,7 @@ def pipeline(folder: Path, mode: str, kind: str = "classes", **options):
     settings = {
         "experiment_name": "run", "output_dir": str(folder), "max_steps": STEPS, "epochs": 100,
         "batch_size": 24, "learning_rate": 0.01, "optimizer": "adamw", "grokfast_alpha": 0.9,
-        "grokfast_lambda": 0.5, "log_interval": 1, "eval_interval": 25, "checkpoint_interval": 20,
+        "grokfast_lambda": 0.5, "log_interval": 1, "eval_interval": 8, "checkpoint_interval": 20,
         "backward": "float32", "use_amp": False, "compile": False, "device": "cpu", "progress": "quiet",
         "parallel": mode, "overwrite": True, "early_stopping": False,
     }  # fmt: skip
@@ -69,11 +69,13 @@ def pipeline(folder: Path, mode: str, kind: str = "classes", **options):
 
 def figures(made) -> dict:
     """What a run of ``made`` gave: losses of every step, validation figures, and a sum over its weights."""
-    losses, validation, norms = [], [], []
+    losses, validation, norms, gathered, reduced = [], [], [], [], []
 
     def log(step, metrics):
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
+        gathered.append(metrics.get("gathered_bytes_per_step"))
+        reduced.append(metrics.get("reduced_bytes_per_step"))
 
     def validated(step, metrics):
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
@@ -83,9 +85,8 @@ def figures(made) -> dict:
     made.register_callback("eval_end", validated)
     result = made.run()
     weights = {k: v.double() for k, v in result.model.state_dict().items()} if RANK == 0 else {}
-    traffic = made._spread.traffic
     return {
-        "gathered": traffic.gathered if traffic else 0,
+        "bytes": [sent[-1] for sent in (gathered, reduced)] if WORLD > 1 else [],
         "losses": losses,
         "norms": norms,
         "validation": validation,
@@ -105,15 +106,16 @@ def again(folder: Path, mode: str) -> dict:
 
 
 def numbers(folder: Path, mode: str) -> dict:
-    return figures(pipeline(folder, mode, "numbers"))
+    return figures(pipeline(folder, mode, "numbers", max_steps=SHORT))
 
 
 def tokens(folder: Path, mode: str) -> dict:
-    return figures(pipeline(folder, mode, "tokens"))
+    # At the rate of the others a code tips on how the sums are rounded, which goes by the number of ranks.
+    return figures(pipeline(folder, mode, "tokens", max_steps=SHORT, learning_rate=0.001))
 
 
 def micro(folder: Path, mode: str) -> dict:
-    return figures(pipeline(folder, mode, micro_batch_size=4))
+    return figures(pipeline(folder, mode, micro_batch_size=4, max_steps=SHORT))
 
 
 def muon(folder: Path, mode: str) -> dict:
@@ -122,6 +124,19 @@ def muon(folder: Path, mode: str) -> dict:
 
 def bf16(folder: Path, mode: str) -> dict:
     return figures(pipeline(folder, mode, gradient_compression="bf16"))
+
+
+def short(folder: Path, mode: str) -> dict:
+    return figures(pipeline(folder, mode, max_steps=SHORT))
+
+
+def floats(folder: Path, mode: str) -> dict:
+    """Ternary weights are gathered as latents, in float32."""
+    mark, sharded._mark_latents = sharded._mark_latents, lambda model, parts: None
+    try:
+        return figures(pipeline(folder, mode, max_steps=SHORT))
+    finally:
+        sharded._mark_latents = mark
 
 
 def stopped(folder: Path, mode: str) -> dict:
@@ -231,15 +246,15 @@ class Troubled(nn.Module):
 
 
 def memory(folder: Path, mode: str) -> dict:
-    plain = figures(pipeline(folder / "plain", mode, model=Troubled()))
+    plain = figures(pipeline(folder / "plain", mode, model=Troubled(), max_steps=SHORT))
     sizes = []
-    made = pipeline(folder / "short", mode, model=Troubled(at=5, fits=2))
+    made = pipeline(folder / "short", mode, model=Troubled(at=5, fits=2), max_steps=SHORT)
     made.register_callback("out_of_memory", lambda step, m: sizes.append([step, m["micro_batch_size"]]))
     return {"plain": plain, "short": figures(made), "sizes": sizes}
 
 
 def nonfinite(folder: Path, mode: str) -> dict:
-    made = pipeline(folder, mode, model=Troubled(at=3, gives=float("nan")), shuffle=False)
+    made = pipeline(folder, mode, model=Troubled(at=3, gives=float("nan")), shuffle=False, max_steps=SHORT)
     told = []
     made.register_callback("nonfinite_step", lambda step, m: told.extend(m["batches"]))
     return {**figures(made), "told": told}

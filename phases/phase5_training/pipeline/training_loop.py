@@ -364,6 +364,7 @@ class TrainingLoop:
         if not meter.steps or (state.step % self.config.log_interval and not last):
             return
         figures = meter.read(self._clock())
+        skipped, steps = figures.pop("skipped"), figures.pop("steps")
         row = {
             "step": state.step,
             "epoch": state.epoch,
@@ -372,9 +373,9 @@ class TrainingLoop:
             **optimizer_figures(self.optimizer),
             "gpu_share": gpu_share(self.device),
             "memory_mb": memory_mb(self.device),
+            **self._ranks.bytes_per_step(steps),
             "elapsed_s": self._clock(),
         }
-        skipped, steps = row.pop("skipped"), row.pop("steps")
         if state.first_loss is None and self._first_loss is not None:
             state.first_loss = number(self._first_loss)
         state.note_training(row, skipped, steps)
