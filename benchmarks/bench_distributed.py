@@ -114,7 +114,7 @@ def work(options: argparse.Namespace) -> None:
         optimizer="adamw", learning_rate=1e-3, grokfast_alpha=0.98, grokfast_lambda=0.5,
         experiment_name="run", output_dir=f"{folder}/runs", use_amp=False, compile=False, device="cpu",
         parallel=mode.partition("_")[0] or "auto", progress="quiet", validation_split=0.0, max_length=length,
-        gradient_compression="bf16" if mode.endswith("bf16") else "none", log_interval=10**6,
+        gradient_compression="bf16" if mode.endswith("bf16") else "none", log_interval=10**6, drop_last=True,
     )  # fmt: skip
     marks: list[tuple[float, int, int, int]] = []
 
