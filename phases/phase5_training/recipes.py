@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 
 from phase5_training.errors import UsageError, nearest_match
+from phase5_training.phases import PhaseSchedule
 
 Options = dict[str, Any]
 
@@ -140,7 +141,8 @@ class BenchTask:
         rates: optimizers and rates that tuning tries; see RATES.
         decays: of weights that tuning tries.
         schedules: shapes of the rate that tuning tries, each with its length as a share of max_steps. A rate
-            falls to the end of its length, so a run cut short is no substitute.
+            falls to the end of its length, so a run cut short is no substitute. By what the recipe's
+            optimizer option says, or "" for any: Forge has the phases, whose peak is the rate.
         targets: figures to reach, or the name of a recipe whose held figure is the target.
         delayed: generalization comes long after the fit, so short trials show nothing.
     """
@@ -150,7 +152,9 @@ class BenchTask:
     options: Options
     rates: Mapping[str, tuple[tuple[str, float], ...]] = field(default_factory=lambda: RATES)
     decays: tuple[float, ...] = (0.1,)
-    schedules: tuple[tuple[str, float], ...] = (("linear", 1.0),)
+    schedules: Mapping[str, tuple[tuple[str, float], ...]] = field(
+        default_factory=lambda: {"": (("linear", 1.0),)}
+    )
     targets: tuple[float | str, ...] = (0.95, 0.99)
     delayed: bool = False
 
@@ -170,7 +174,7 @@ def _modular(operation: str, cap: int = 450) -> BenchTask:
         options={"model": "decoder", "batch_size": 512, "max_steps": cap, "eval_interval": 15},
         rates=_MODULAR_RATES,
         decays=(3.0, 6.0),
-        schedules=(("constant", 1.0), ("linear", 0.5)),
+        schedules={"": (("constant", 1.0), ("linear", 0.5)), "auto": (("constant", 1.0), ("phases", 0.7))},
         delayed=True,
     )
 
@@ -198,7 +202,7 @@ TASKS: dict[str, BenchTask] = {
         task_options={"validation_share": 0.4},
         options={**_DIGITS, "max_steps": 510, "eval_interval": 17},
         decays=(0.01, 0.1, 1.0),
-        schedules=(("linear", 1.0), ("linear", 0.5)),
+        schedules={"": (("linear", 1.0), ("linear", 0.5))},
     ),
     "digits_small": BenchTask(
         task="digits",
@@ -219,7 +223,7 @@ TASKS: dict[str, BenchTask] = {
             "max_steps": 600,
             "eval_interval": 30,
         },
-        schedules=(("linear", 1.0), ("linear", 0.5)),
+        schedules={"": (("linear", 1.0), ("linear", 0.5))},
         targets=("float", "float_muon"),
     ),
     "breast_cancer": _table("breast_cancer", (0.95, "float")),
@@ -266,19 +270,26 @@ BUILT_IN: dict[tuple[str, str], Tuned] = {
 
 def grid(recipe: Recipe, task: BenchTask) -> list[Options]:
     """What tuning tries for a recipe on a built-in task: every rate of its optimizer, decay and schedule."""
-    return [
-        {
-            "optimizer": optimizer,
-            "learning_rate": rate,
-            "weight_decay": decay,
-            "schedule": schedule,
-            "warmup_steps": 10,
-            **({} if length == 1 else {"max_steps": round(length * task.options["max_steps"])}),
-        }
-        for (optimizer, rate), decay, (schedule, length) in itertools.product(
-            task.rates[recipe.options["optimizer"]], task.decays, task.schedules
+    kind = recipe.options["optimizer"]
+    schedules = task.schedules.get(kind) or task.schedules[""]
+    found = []
+    for (optimizer, rate), decay, (schedule, length) in itertools.product(
+        task.rates[kind], task.decays, schedules
+    ):
+        steps = round(length * task.options["max_steps"])
+        phases = schedule == "phases"
+        found.append(
+            {
+                "optimizer": optimizer,
+                "learning_rate": rate / PhaseSchedule.acceleration_multiplier if phases else rate,
+                "weight_decay": decay,
+                "schedule": schedule,
+                "warmup_steps": 10,
+                **({"acceleration_steps": steps // 2, "consolidation_steps": steps // 15} if phases else {}),
+                **({} if length == 1 else {"max_steps": steps}),
+            }
         )
-    ]
+    return found
 
 
 def read_tuned(path: str | Path) -> dict[tuple[str, str], Tuned]:

@@ -129,8 +129,9 @@ class TestRecipes:
         keys = ("optimizer", "learning_rate", "weight_decay", "schedule", "max_steps")
         assert len({tuple(each.get(key) for key in keys) for each in found}) == len(found)
         whole = TASKS[task].options["max_steps"]
-        shapes = {(each["schedule"], each.get("max_steps", whole) / whole) for each in found}
-        assert shapes == set(TASKS[task].schedules)
+        shapes = {(each["schedule"], round(each.get("max_steps", whole) / whole, 6)) for each in found}
+        schedules = TASKS[task].schedules
+        assert shapes == set(schedules.get("auto", schedules[""]))
         assert {each["optimizer"] for each in found} == {"muon", "adamw"}
         assert {each["optimizer"] for each in grid(RECIPES["float"], TASKS[task])} == {"adamw"}
 
@@ -142,10 +143,18 @@ class TestRecipes:
         slow = row("fewer steps, more seconds", 5.0, [0.2, 0.9, 0.9, 0.9, 0.9])
         fast = row("more steps, fewer seconds", 1.0, [0.2, 0.2, 0.9, 0.9, 0.9, 0.9])
         good = row("best, not held soonest", 9.0, [0.99] * 4)
-        assert bench.best_of([slow, fast, good], [0.9])["name"] == fast["name"]
-        assert bench.best_of([slow, fast, good], [0.999])["name"] == good["name"]
-        with pytest.raises(UsageError, match="no run of the grid has four evaluations"):
-            bench.best_of([row("short", 1.0, [0.9] * 3)], [0.5])
+        rows = [slow, fast, good]
+        assert min(rows, key=lambda row: bench.merit([row], [0.9])) is fast
+        assert min(rows, key=lambda row: bench.merit([row], [0.999])) is good
+
+    def test_a_candidate_that_holds_on_more_seeds_is_better_than_a_sooner_one(self):
+        held = {"curve": [[i, 9.0 * i, 0.95] for i in range(1, 5)], "higher": True}
+        lucky = {"curve": [[i, 1.0 * i, 0.95] for i in range(1, 5)], "higher": True}
+        never = {"curve": [[i, 1.0 * i, 0.2] for i in range(1, 5)], "higher": True}
+        assert bench.merit([held, held], [0.9]) < bench.merit([lucky, never], [0.9])
+        assert bench.merit([lucky, lucky], [0.9]) < bench.merit([held, held], [0.9])
+        short = {"curve": [[1, 1.0, 0.99]], "higher": True}
+        assert bench.merit([short], [])[-1] == math.inf
 
     def test_built_in_figures_are_the_best_of_the_record(self):
         rows = [json.loads(line) for line in (RECORDS / "sweep_modular.jsonl").read_text().splitlines()]
@@ -292,8 +301,11 @@ class TestRuns:
         tuned = bench.tune_to_target(own, "float", 0, record)
         assert tuned.options == tried[1]
         rows = [json.loads(line) for line in record.read_text().splitlines()]
-        assert [row["kind"] for row in rows] == ["candidate", "candidate", "tuned"]
-        assert tuned.steps == sum(row["steps"] for row in rows[:2])
+        assert [row["kind"] for row in rows] == [*["candidate"] * 6, "tuned"]
+        # Each on one seed, then the best few, here both, on two more; the best goes first.
+        assert [row["seed"] for row in rows[:-1]] == [0, 0, 1, 2, 1, 2]
+        assert [row["tried"] for row in rows[2:4]] == [tried[1]] * 2
+        assert (tuned.steps, tuned.trials) == (sum(row["steps"] for row in rows[:-1]), 6)
         assert read_tuned(record)["wine", "float"].options == tried[1]
 
 
