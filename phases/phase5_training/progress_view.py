@@ -122,6 +122,8 @@ class Progress:
         name = f"{self.monitor or 'target'} {figure_value(self.target, self.monitor or '')}"
         if self.reached is not None:
             return f"{name} reached at step {number(self.reached)}"
+        if self.ended:
+            return f"{name} was not reached"
         seconds = seconds_to_target(self.validations, self.target, rising=self._rising)
         if seconds is None:
             return f"{name}: no trend towards it yet"

@@ -71,7 +71,9 @@ class Recorder:
         self.run.append_event({"event": Event.ROLLBACK.value, **metrics})
 
 
-def watch(registry: CallbackRegistry, run: RunDirectory, config: TrainingConfig, total_steps: int) -> None:
+def watch(
+    registry: CallbackRegistry, run: RunDirectory, config: TrainingConfig, total_steps: int, monitor: str
+) -> None:
     """Have a run recorded, shown while it goes on, and its report refreshed.
 
     Args:
@@ -79,6 +81,7 @@ def watch(registry: CallbackRegistry, run: RunDirectory, config: TrainingConfig,
         run: the run's folder.
         config: its options.
         total_steps: its length in optimizer steps.
+        monitor: the figure that decides which weights are best, to which the target belongs.
     """
     Recorder(run).register(registry)
     mode = {"auto": "auto", "plain": "lines", "quiet": "quiet"}[config.progress]
@@ -89,7 +92,7 @@ def watch(registry: CallbackRegistry, run: RunDirectory, config: TrainingConfig,
         total_steps=None if config.max_seconds and not config.max_steps else total_steps,
         max_seconds=config.max_seconds,
         target=config.target,
-        monitor=config.monitor,
+        monitor=monitor,
         run=run,
     ).register(registry)
     ReportRefresher(run).register(registry)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from phase4_bitnet import build_model, load_compressed_model, save_compressed_model, ternary_layers
-from phase5_training import TrainingResult, create_training_pipeline
+from phase5_training import TrainingResult, create_training_pipeline, recorder
 from phase5_training.errors import DataError, RunFailed, UsageError
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -922,6 +922,23 @@ def test_a_run_cut_short_before_its_rates_fall_says_so(task_files, pipeline, run
     )
     assert plain.run().notice == ""
     assert pipeline(net(), task_files()[0], experiment_name="c", epochs=2).run().notice == ""
+
+
+def test_the_display_heads_for_the_figure_that_decides_which_weights_are_best(
+    task_files, pipeline, tmp_path, monkeypatch
+):
+    shown = []
+    display = recorder.ProgressDisplay
+    monkeypatch.setattr(
+        recorder, "ProgressDisplay", lambda *a, **k: shown.append(k["monitor"]) or display(*a, **k)
+    )
+    pipeline("mlp", *task_files(), experiment_name="classes").setup()
+    pipeline("mlp", *task_files(), experiment_name="named", monitor="loss").setup()
+    (tmp_path / "text.txt").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 60)
+    small = {"dim": 16, "layers": 1, "heads": 2}
+    text = str(tmp_path / "text.txt")
+    pipeline("decoder", text, experiment_name="text", model_options=small, max_length=32).setup()
+    assert shown == ["accuracy", "loss", "loss"]
 
 
 def test_a_frozen_part_stays_frozen(task_files, pipeline):

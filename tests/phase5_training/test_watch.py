@@ -152,6 +152,8 @@ def test_a_target_is_reached_or_is_not_in_sight(run: RunDirectory) -> None:
         log(run, step)
         validate(run, step, accuracy)
     assert "accuracy 90.0% reached at step 20" in watched(run, lambda: end(run, 30), mode="live")[1]
+    run.write_config({"target": 0.99, "monitor": "accuracy"})
+    assert "accuracy 99.0% was not reached" in watched(run, mode="live")[1]
     run.write_config({"target": 0.9, "monitor": "parity_accuracy"})  # of one task of several
     for step, accuracy in ((40, 0.5), (50, 0.6), (60, 0.7)):
         run.append_metrics(
