@@ -159,7 +159,7 @@ def test_a_target_is_reached_or_is_not_in_sight(run: RunDirectory) -> None:
         run.append_metrics(
             {"kind": "validation", "step": step, "parity_accuracy": accuracy, "elapsed_s": step}
         )
-    assert "parity_accuracy 90.0% in about 20 s" in watched(run, lambda: end(run, 60), mode="live")[1]
+    assert "parity_accuracy 90.0% was not reached" in watched(run, mode="live")[1]
     # By hand: least squares through (0, 4), (1, 2), (2, 1) is 3.8333 - 1.5 x, which is 0.5 at 2.2222.
     found = seconds_to_target([(0.0, 4.0), (1.0, 2.0), (2.0, 1.0)], 0.5, rising=False)
     assert found == pytest.approx(0.222, abs=1e-3)
