@@ -22,7 +22,7 @@ from phase5_training.inspection import inspect_data
 from phase5_training.inspection_text import as_text
 from phase5_training.models import check_against_data, is_huggingface, prepare_model
 from phase5_training.pipeline.data_loader import DataLoaderFactory
-from phase5_training.records import CHECKPOINTS, RunDirectory
+from phase5_training.records import CHECKPOINTS, EXPORT, RunDirectory
 from phase5_training.results import TrainingResult
 from phase5_training.run_folder import open_run
 from phase5_training.tune import Tuning, write_tuned
@@ -248,7 +248,7 @@ def export(
     if format == "huggingface" and config.tokenizer != "bytes":
         options["tokenizer"] = config.tokenizer
     write = getattr(exporters, f"export_{format}")
-    place = Path(output) if output else run.path / "export" / EXPORT_NAMES[format]
+    place = Path(output) if output else run.path / EXPORT / EXPORT_NAMES[format]
     try:
         model = _stored_model(run, config)
         return write(model, place, sample=_sample(config, data), overwrite=overwrite, **options)

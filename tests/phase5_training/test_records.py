@@ -235,6 +235,7 @@ class TestCreate:
         run.append_metrics({"step": 1})
         (run.checkpoints / "step-00000001").mkdir(parents=True)
         (run.checkpoints / "step-00000001" / "state.pt").write_bytes(b"x")
+        (run.path / "export").mkdir()  # of `forge export`
         (run.path / ".result.json.123.tmp").write_bytes(b"left by a killed process")
         assert list(RunDirectory.create(tmp_path, "a", overwrite=True).path.iterdir()) == []
 

@@ -155,6 +155,10 @@ def test_a_model_of_transformers(tmp_path):
     model = lively(convert_model_to_bitnet(transformers.LlamaForCausalLM(config)))
     report = export_torch(model, tmp_path / "m.pt2", sample=tokens())
     assert report.usual_difference < 1e-5
+    report = export_onnx(model, tmp_path / "m.onnx", sample=tokens())
+    assert report.usual_difference < 1e-5
+    x = tokens(3, 7)
+    assert_close(model(x).logits, run_onnx(tmp_path / "m.onnx", x))
 
 
 def test_the_model_is_left_alone(tmp_path):
