@@ -28,6 +28,7 @@ from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.dataset import is_map_style, open_dataset
 from phase5_training.pipeline.formats.length_buckets import LengthBuckets
 from phase5_training.pipeline.formats.order import BatchPlan, EpochOrder, split_indices
+from phase5_training.pipeline.formats.selection import Selection
 from phase5_training.pipeline.formats.source import Source, blocks_of, is_forward_only
 from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
 
@@ -52,15 +53,15 @@ class ForgeDataLoader:
     and ``len`` count all ranks together.
     """
 
-    def __init__(self, prepared: Prepared, indices: np.ndarray | None, split: Split) -> None:
+    def __init__(self, prepared: Prepared, kept: Selection | None, split: Split) -> None:
         self._prepared, self.split = prepared, split
         self.config, self.spec = prepared.config, prepared.spec
-        self.num_samples: int | None = len(prepared) if indices is None else len(indices)
+        self.num_samples: int | None = len(prepared) if kept is None else len(kept)
         train = split == "train"
         blocks = blocks_of(prepared.source)
         self._order: EpochOrder | LengthBuckets = EpochOrder(
-            self.num_samples, indices, seed=self.config.seed, shuffle=self.config.shuffle and train,
-            window=self._window(blocks), blocks=blocks,
+            self.num_samples, kept, seed=self.config.seed, shuffle=self.config.shuffle and train,
+            window=self._window(blocks), blocks=blocks, frugal=self.config.streaming,
         )  # fmt: skip
         lengths = prepared.scan.lengths
         if self.config.bucket_by_length and train and lengths is not None and not self.config.pack_text:

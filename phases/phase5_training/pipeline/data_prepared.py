@@ -60,10 +60,8 @@ class Prepared:
 
     def _encode_all(self) -> ArraySource:
         """Text held in memory is turned into tokens once, not once an epoch."""
-        lost = np.zeros(self.scan.records, bool)
-        if self.scan.keep is not None:
-            lost[:] = True
-            lost[self.scan.keep] = False
+        keep = self.scan.keep
+        lost = np.zeros(self.scan.records, bool) if keep is None else ~keep.mask(0, self.scan.records)
         parts: list[Columns] = []
         for chunk in self.source.iterate():
             chunk.bad = {}
@@ -88,7 +86,7 @@ class Prepared:
             columns = collator.encode(texts.gather(records)) if whole is None else whole.gather(records)
             return as_ragged(columns.input)
 
-        records = np.arange(found.records) if found.keep is None else found.keep
+        records = np.arange(found.records) if found.keep is None else found.keep.positions()
         blocks = PackedText(
             texts, tokens, records, found.lengths[records], separator=tokenizer.separator,
             block_length=block, vocab_size=spec.vocab_size,

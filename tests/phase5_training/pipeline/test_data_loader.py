@@ -3,6 +3,7 @@
 import json
 import pickle
 import time
+import tracemalloc
 
 import h5py
 import numpy as np
@@ -15,7 +16,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.data_loader import DataLoaderFactory
+from phase5_training.pipeline.formats import order
 from phase5_training.pipeline.formats.order import EpochOrder, split_indices
+from phase5_training.pipeline.formats.selection import Selection
 
 N, WIDTH = 103, 6
 
@@ -206,16 +209,42 @@ def test_the_order_is_the_published_generator():
 RECORDED = [8, 5, 2, 1, 7, 6, 0, 4, 3]
 
 
-@given(n=st.integers(2, 200), share=st.floats(0.05, 0.9), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_splits_are_disjoint_exact_and_stable(n, share, seed):
-    held_out = max(1, min(n - 1, round(n * share)))
-    train, validation = split_indices(n, None, held_out, seed)
-    assert len(validation) == held_out
-    assert sorted([*train, *validation]) == list(range(n))
-    again = split_indices(n, None, held_out, seed)
-    assert np.array_equal(again[0], train)
-    assert np.array_equal(again[1], validation)
+@given(
+    n=st.integers(2, 200),
+    share=st.floats(0.05, 0.9),
+    seed=st.integers(0, 99),
+    gone=st.sets(st.integers(0, 99)),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_split_holds_out_the_smallest_keys(n, share, seed, gone):
+    usable = np.setdiff1d(np.arange(n), sorted(gone))
+    if len(usable) < 2:
+        return
+    held_out = max(1, min(len(usable) - 1, round(len(usable) * share)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "_PIECE", 16)
+        keep = Selection.without(n, [i for i in gone if i < n])
+        train, validation = split_indices(n, keep, held_out, seed)
+    keys = np.random.Philox(np.random.SeedSequence((1, seed))).random_raw(n)
+    smallest = sorted(usable[np.argsort(keys[usable])][:held_out].tolist())
+    assert validation.positions().tolist() == smallest
+    assert train.positions().tolist() == np.setdiff1d(usable, smallest).tolist()
+    assert (len(train), len(validation)) == (len(usable) - held_out, held_out)
+
+
+def test_a_split_and_its_order_take_bits_not_numbers_for_each_record():
+    n = 1 << 20
+    tracemalloc.start()
+    try:
+        train, validation = split_indices(n, None, n // 10, seed=0)
+        found = EpochOrder(len(train), train, seed=0, window=4096, frugal=True)
+        seen = [found.slice(1, at, at + 500) for at in range(0, len(train) - 500, len(train) // 50)]
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < n  # two selections of two bits; an array of positions alone would take 8 n
+    assert peak < 8 * n
+    assert not set(np.concatenate(seen).tolist()) & set(validation.positions().tolist())
 
 
 def test_validation_split(tmp_path):
@@ -747,8 +776,11 @@ def test_an_order_by_blocks_is_a_permutation_that_stays_near_its_blocks(sizes, w
     kept = np.setdiff1d(np.arange(records), sorted(dropped))
     if not len(kept):
         return
-    order = EpochOrder(len(kept), kept, seed=5, window=window, blocks=starts)
+    chosen = Selection.without(records, np.setdiff1d(np.arange(records), kept))
+    order = EpochOrder(len(kept), chosen, seed=5, window=window, blocks=starts)
     whole = order.slice(epoch, 0, len(kept))
+    frugal = EpochOrder(len(kept), chosen, seed=5, window=window, blocks=starts, frugal=True)
+    assert np.array_equal(frugal.slice(epoch, 0, len(kept)), whole)
     assert sorted(whole.tolist()) == kept.tolist()
     pieces = [order.slice(epoch, a, min(a + size, len(kept))) for a in reversed(range(0, len(kept), size))]
     assert np.array_equal(np.concatenate(pieces[::-1]), whole)

@@ -8,6 +8,7 @@ numbers of records of one shape. Records are then read in any order.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,11 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
+def _close(process: int, descriptor: int) -> None:
+    if process == os.getpid():  # a forked child leaves the descriptor to its owner
+        os.close(descriptor)
+
+
 class JsonRecords(IndexedSource):
     """Records of a JSON text in place: each is parsed when asked for, or taken from its row in the index.
 
@@ -149,10 +155,6 @@ class JsonRecords(IndexedSource):
         self.__dict__.update(state)
         if self._keep:
             self._use(load(self.path, self.format, self._with_rows))
-
-    def __del__(self) -> None:
-        if self._file is not None and self._file[0] == os.getpid():
-            os.close(self._file[1])
 
     @property
     def access(self) -> Access:
@@ -237,6 +239,8 @@ class JsonRecords(IndexedSource):
     def _descriptor(self) -> int:
         if self._file is None or self._file[0] != os.getpid():
             self._file = (os.getpid(), os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
+            # Not __del__: at the end of the program that runs when modules are gone.
+            weakref.finalize(self, _close, *self._file)
         return self._file[1]
 
     def describe(self) -> dict[str, Any]:

@@ -6,13 +6,16 @@ The keys come from numpy's Philox bit generator, whose raw output is fixed by it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from phase5_training.errors import DataError
+from phase5_training.pipeline.formats.selection import Selection
 
 _SPLIT, _EPOCH, _WINDOW, _BLOCKS = 1, 2, 3, 4  # keep the draws for different purposes apart
+_PIECE = 1 << 18  # records whose keys are held at a time; a multiple of 8
 
 
 def draw(n: int, *seed: int) -> np.ndarray:
@@ -21,28 +24,48 @@ def draw(n: int, *seed: int) -> np.ndarray:
 
 
 def split_indices(
-    records: int, keep: np.ndarray | None, held_out: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Divide records into (train, validation) positions, both in file order.
+    records: int, keep: Selection | None, held_out: int, seed: int
+) -> tuple[Selection, Selection]:
+    """Divide records into (train, validation), in memory that grows by bits.
 
-    A record's side hangs on (seed, its position) only, apart from the few at the border.
+    A record's side hangs on (seed, its position) only, apart from the few at the border: each position draws
+    a key, and the ``held_out`` smallest are for validation.
 
     Args:
         records: how many the source has.
-        keep: positions of the usable ones; None: all.
+        keep: the usable ones; None: all.
         held_out: how many go to validation.
         seed: fixes the choice.
 
     Example:
         >>> train, validation = split_indices(10, None, 3, seed=0)
-        >>> len(train), len(validation), len(np.intersect1d(train, validation))
+        >>> len(train), len(validation), len(np.intersect1d(train.positions(), validation.positions()))
         (7, 3, 0)
     """
-    usable = np.arange(records) if keep is None else keep
-    keys = draw(records, _SPLIT, seed)[usable]
-    chosen = np.zeros(len(usable), bool)
-    chosen[np.argsort(keys, kind="stable")[:held_out]] = True
-    return usable[~chosen], usable[chosen]
+    keep = keep or Selection.without(records, ())
+    counts = np.zeros(1 << 16, np.int64)
+    for _, keys, usable in _keys(records, keep, seed):
+        counts += np.bincount((keys[usable] >> 48).astype(np.int64), minlength=len(counts))
+    # Keys whose first 16 bits are below the border are held out; of those at it the smallest.
+    border = int(np.searchsorted(np.cumsum(counts), held_out))
+    bits, places, at_border = [], list[np.ndarray](), list[np.ndarray]()
+    for start, keys, usable in _keys(records, keep, seed):
+        bits.append(np.packbits(usable & (keys >> 48 < border), bitorder="little"))
+        near = np.flatnonzero(usable & (keys >> 48 == border))
+        places.append(start + near)
+        at_border.append(keys[near])
+    chosen, few = np.concatenate(bits), np.concatenate(places)
+    few = few[np.argsort(np.concatenate(at_border), kind="stable")][: held_out - int(counts[:border].sum())]
+    np.bitwise_or.at(chosen, few // 8, np.uint8(1) << (few % 8).astype(np.uint8))
+    return Selection(keep.bits(records) & ~chosen), Selection(chosen)
+
+
+def _keys(records: int, keep: Selection, seed: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The key of each record and whether it is usable, in pieces: (where one begins, keys, mask)."""
+    generator = np.random.Philox(np.random.SeedSequence((_SPLIT, seed)))
+    for start in range(0, records, _PIECE):
+        stop = min(start + _PIECE, records)
+        yield start, generator.random_raw(stop - start), keep.mask(start, stop)
 
 
 class EpochOrder:
@@ -50,14 +73,15 @@ class EpochOrder:
 
     Args:
         n: samples in an epoch.
-        indices: their positions in the source, ascending; None: 0 to n - 1.
+        kept: their positions in the source; None: 0 to n - 1.
         seed: with the epoch's number it fixes the order.
-        shuffle: False keeps the order of ``indices``.
+        shuffle: False keeps the order of the source.
         window: None shuffles the whole epoch. A number shuffles only within windows of so many
             neighbors (their borders move from epoch to epoch), for data read forward.
         blocks: positions in the source at which blocks begin that are read as a whole, ascending from 0.
             With them the blocks are put in a random order, and the samples of each window of that
             order are shuffled.
+        frugal: look positions up in bits and not in an array of them, which is faster and grows with n.
 
     Example:
         >>> order = EpochOrder(5, None, seed=0)
@@ -68,18 +92,20 @@ class EpochOrder:
     def __init__(
         self,
         n: int,
-        indices: np.ndarray | None,
+        kept: Selection | None,
         *,
         seed: int,
         shuffle: bool = True,
         window: int | None = None,
         blocks: np.ndarray | None = None,
+        frugal: bool = False,
     ) -> None:
-        self.n, self.indices, self._seed, self._shuffle = n, indices, seed, shuffle
+        self.n, self._seed, self._shuffle = n, seed, shuffle
+        self.indices = kept if kept is None or frugal else kept.positions()
         self.window = window if shuffle else None
         self._bounds: np.ndarray | None = None
         if blocks is not None and window is not None:
-            starts = blocks if indices is None else np.searchsorted(indices, blocks)
+            starts = blocks if kept is None else kept.rank(blocks)
             self._bounds = np.unique(np.append(starts, n))
         # The permutations last used: of an epoch, or of a window of it, and of the blocks.
         self._kept: tuple[tuple[int, int], np.ndarray] | None = None

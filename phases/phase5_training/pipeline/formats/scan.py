@@ -20,6 +20,7 @@ from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, V
 from phase5_training.pipeline.formats.duplicates import Duplicates
 from phase5_training.pipeline.formats.infer_spec import build_spec
 from phase5_training.pipeline.formats.policies import CHECKS, Policy, policy_of
+from phase5_training.pipeline.formats.selection import Selection
 from phase5_training.pipeline.formats.source import Source, Tokenizer
 from phase5_training.pipeline.formats.spec import IGNORED_LABEL, MAX_CLASSES, DataSpec, InputChoice
 
@@ -46,13 +47,13 @@ class ScanOptions:
 class Scan:
     """What the pass found.
 
-    ``keep``: positions of the usable records, None when all are usable. ``longest``: tokens of the longest.
+    ``keep``: the usable records, None when all are usable. ``longest``: tokens of the longest.
     ``lengths``: (records,) tokens of each, where they were asked for and differ.
     """
 
     spec: DataSpec
     records: int
-    keep: np.ndarray | None
+    keep: Selection | None
     dropped: dict[str, int]
     truncated: int
     without_quality: int
@@ -162,11 +163,7 @@ class Scanner:
             why = ", ".join(f"{name} {count}" for name, count in self.dropped.items())
             raise DataError(f"{self.source.paths[0]}: all {records} records were dropped ({why})")
         self._check_share(records)
-        keep = None
-        if self.lost:
-            mask = np.ones(records, bool)
-            mask[np.frombuffer(self.lost, np.int64)] = False
-            keep = np.flatnonzero(mask)
+        keep = Selection.without(records, np.frombuffer(self.lost, np.int64)) if self.lost else None
         spec = build_spec(self, kept)
         lengths = None
         if self._lengths:

@@ -1,8 +1,11 @@
 """Side files: used when they are sound and of this very file, made again otherwise, never in the way."""
 
+import gc
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -301,3 +304,26 @@ def test_links_and_folders_of_shards(tmp_path):
     again = open_source(tmp_path / "d", BIG)  # the side files there are no data files
     assert contents(again) == contents(source)
     assert isinstance(again._shards[0], JsonRecords)
+
+
+def test_a_file_is_closed_with_its_source(tmp_path):
+    path = write(tmp_path / "a.jsonl", "text")
+    source = open_source(path, BIG)
+    source.gather(np.array([3, 1]))
+    descriptor = source._descriptor()
+    assert os.readlink(f"/proc/self/fd/{descriptor}") == str(path)
+    del source
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
+
+
+def test_a_program_that_ends_with_an_open_source_says_nothing(tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    program = (
+        "from phase5_training.pipeline.data_loader import DataConfig, DataLoaderFactory\n"
+        f"loader = DataLoaderFactory.create_loader({str(path)!r}, DataConfig(streaming=True))\n"
+        "batches = list(loader)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
