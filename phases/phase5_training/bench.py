@@ -269,9 +269,9 @@ def tune_to_target(
 ) -> Tuned:
     """Figures for a recipe of a built-in task by whole runs over its grid.
 
-    For tasks that generalize late, where a short trial shows nothing. All candidates run on one seed and the
-    best few on two more. The best holds the first numeric target on most seeds, then soonest in seconds;
-    where there is none, or none holds it, it has the best held figure.
+    For tasks that generalize late, where a short trial shows nothing. All candidates run on one seed, and
+    where generalization is delayed the best few on two more. The best holds the first numeric target on most
+    seeds, then soonest in seconds; where there is none, or none holds it, it has the best held figure.
 
     Raises:
         UsageError: the contest is not a built-in one, or no run gave a figure.
@@ -290,9 +290,9 @@ def tune_to_target(
 
     for index in range(len(tried)):
         run(index, seed)
-    # One seed flatters the lucky: the first few run on two more.
     finalists = sorted(range(len(tried)), key=lambda index: merit(rows[index], numeric))[:FINALISTS]
-    for index in finalists:
+    # Where generalization comes late, when it comes is half luck: the first few run on two more seeds.
+    for index in finalists if contest.task.delayed else ():
         run(index, seed + 1)
         run(index, seed + 2)
     best = min(finalists, key=lambda index: merit(rows[index], numeric))
