@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -144,9 +145,7 @@ def network() -> nn.Module:
     return convert_model_to_bitnet(nn.Sequential(*layers))
 
 
-def fit(
-    model: nn.Module, folder: Path, callback: Any, *, checkpoint: str | None = None, **options: Any
-) -> Any:
+def lightning_module(model: nn.Module) -> Any:
     import lightning.pytorch as pl
 
     class Module(pl.LightningModule):
@@ -159,6 +158,14 @@ def fit(
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.0)
+
+    return Module()
+
+
+def fit(
+    model: nn.Module, folder: Path, callback: Any, *, checkpoint: str | None = None, **options: Any
+) -> Any:
+    import lightning.pytorch as pl
 
     trainer = pl.Trainer(
         max_steps=options.pop("max_steps", STEPS),
@@ -174,7 +181,7 @@ def fit(
     data = torch.utils.data.DataLoader([(INPUT, TARGET)] * 4, batch_size=None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's advice on workers
-        trainer.fit(Module(), data, ckpt_path=checkpoint)
+        trainer.fit(lightning_module(model), data, ckpt_path=checkpoint)
 
 
 def lightning_callback(**options: Any) -> Any:
@@ -233,6 +240,32 @@ def test_a_loop_with_accelerate_needs_no_adapter() -> None:
         optimizer.step()
     by_hand(plain, cross_entropy, [RATE] * STEPS)
     same_weights(model, plain)
+
+
+@pytest.mark.parametrize("example", ["transformers", "lightning", "accelerator"])
+def test_the_examples_of_the_guide_run_as_they_stand(
+    example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from accelerate import Accelerator
+    from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).parents[3] / "docs" / "ecosystem.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if example in block)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 40}
+    floats = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+    theirs: dict[str, Any] = {
+        "model": LlamaForCausalLM(LlamaConfig(**sizes)) if example == "transformers" else floats,
+        "args": TrainingArguments(max_steps=3, report_to=[], use_cpu=True, disable_tqdm=True),
+        "data": text_data(),
+        "module": lightning_module(floats),
+        "loader": torch.utils.data.DataLoader([(INPUT, TARGET)] * 4, batch_size=None),
+        "accelerator": Accelerator(cpu=True),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's advice on workers
+        exec(code.replace("max_steps=1000", "max_steps=3, accelerator='cpu'"), theirs)
+    assert ternary_layers(theirs["module"].model if example == "lightning" else theirs["model"])
 
 
 def test_codes_follow_the_steps_and_a_bad_gradient_leaves_the_average(tmp_path: Path) -> None:
