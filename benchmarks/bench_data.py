@@ -1,6 +1,6 @@
 """Reading data: Forge against what people use, on files made for the purpose.
 
-    python benchmarks/bench_data.py                          # everything: an hour on two cores, 5 GB of disk
+    python benchmarks/bench_data.py                    # everything: 20 minutes on two cores, 5 GB of disk
     python benchmarks/bench_data.py --parts json --mb 1000 --rounds 3
     python benchmarks/bench_data.py --parts hdf5 tokens streaming cache
 
@@ -12,8 +12,10 @@ Parts, each in rounds in which its cases take turns (files are in the page cache
     hdf5       rows of 784 float32 and labels, shuffled: a Dataset that reads each sample from h5py, with a
                DataLoader, and Forge in place (memory_limit_mb=0); contiguous, and in gzip chunks
     tokens     blocks of 257 uint16 tokens of a .bin: Forge, and numpy.memmap indexed by hand
-    streaming  the highest memory of a process that reads an epoch with streaming=True, of 100 MB and of 2 GB
+    streaming  the highest memory of a process that reads an epoch with streaming=True, a tenth of it for
+               validation, of 100 MB and of 2 GB
     cache      JSON Lines of text, streamed, with the LRU cache and without, where it holds all or a tenth
+    stall      real tasks in training: the share of the time in which steps waited for data
 
 A row of --output is a case of a round, with seconds (wall and of the processor), and with the highest
 resident size of its process in MB ("peak_mb") where that has one of its own.
@@ -33,13 +35,18 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from interleave import CaseError, Worker, circumstances, quartiles, write_rows
+from interleave import CaseError, Worker, circumstances, quartiles, ratio_quartiles, write_rows
 
 RECORD = Path(__file__).parent / "records" / "data.jsonl"
 WIDTH, VOCABULARY, CLASSES = 128, 50257, 10
 BATCH = 64
 BLOCK = 22_000  # records of random numbers that are written again and again: 20 MB
-PARTS = ("json", "hdf5", "tokens", "streaming", "cache")
+PARTS = ("json", "hdf5", "tokens", "streaming", "cache", "stall")
+AGAINST = {  # ratios that the summary gives, round by round
+    "json": (("forge", "json.load"), ("forge", "datasets")),
+    "hdf5": (("forge", "h5py"),), "tokens": (("forge", "numpy.memmap"),), "cache": (("cache", "no cache"),),
+}  # fmt: skip
+STALL_STEPS = {"digits": 510, "breast_cancer": 300, "modular_mul": 150, "python_text": 300}
 
 
 def main() -> None:
@@ -55,7 +62,7 @@ def main() -> None:
     found = parser.parse_args()
     parts: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
         "json": json_part, "hdf5": hdf5_part, "tokens": tokens_part, "streaming": streaming_part,
-        "cache": cache_part,
+        "cache": cache_part, "stall": stall_part,
     }  # fmt: skip
     for name in found.parts:
         rows = []
@@ -121,10 +128,14 @@ def write_json(path: Path, megabytes: int, seed: int = 0) -> int:
     return count
 
 
-def forge_loader(path: Path, **options: Any) -> Any:
+def forge_loaders(path: Path, **options: Any) -> Any:
     from phase5_training import DataConfig, DataLoaderFactory
 
-    return DataLoaderFactory.create_loader(path, DataConfig(batch_size=BATCH, **options))
+    return DataLoaderFactory.create_loaders(path, DataConfig(batch_size=BATCH, **options))
+
+
+def forge_loader(path: Path, **options: Any) -> Any:
+    return forge_loaders(path, **options)[0]
 
 
 def open_with_forge(path: Path, folder: Path) -> Any:
@@ -295,9 +306,9 @@ def prepare_stream(path: Path, threads: int) -> Any:
 
     def turn() -> dict[str, Any]:
         clock = Clock()
-        loader = forge_loader(path, streaming=True)
+        loaders = forge_loaders(path, streaming=True, validation_split=0.1)
         opened = clock.lap()
-        samples = sum(len(batch["index"]) for batch in loader)
+        samples = sum(len(batch["index"]) for loader in loaders for batch in loader)
         epoch = clock.lap()
         return {
             "samples": samples, "open_s": opened[0], "epoch_s": epoch[0], "epoch_cpu_s": epoch[1],
@@ -376,6 +387,57 @@ def cache_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, An
                     yield {"case": case, "records": records, "words": length, "hit_rate": rate, **row}
 
 
+# -- stall --------------------------------------------------------------------------------------------
+
+
+def prepare_stall(name: str, steps: int, folder: Path, threads: int) -> Any:
+    """A turn: one run of a task of the suite."""
+    torch.set_num_threads(threads)
+    from phase5_training import create_training_pipeline
+    from phase5_training.contest import built_in
+
+    options = built_in(name, str(folder), max_steps=steps).options
+    data = [options.pop(key) for key in ("model", "train_data_path", "val_data_path")]
+
+    def turn() -> dict[str, Any]:
+        result = create_training_pipeline(
+            *data,
+            output_dir=str(folder),
+            experiment_name=name,
+            early_stopping=False,
+            progress="quiet",
+            **options,
+        ).run()
+        rows = map(json.loads, (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines())
+        return {
+            "steps": steps,
+            "batch_size": options["batch_size"],
+            **stalls(list(rows), options["batch_size"]),
+        }
+
+    return turn, {}
+
+
+def stalls(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
+    """Of the log lines of a run: seconds of its steps, seconds in which they waited, shares line by line."""
+    logged, last = [], 0
+    for row in rows:
+        if "data_wait_share" in row:
+            logged.append((batch_size * (row["step"] - last) / row["samples_per_s"], row["data_wait_share"]))
+            last = row["step"]
+    seconds = sum(length for length, _ in logged)
+    waited = sum(length * share for length, share in logged)
+    return {
+        "seconds": seconds, "waited_s": waited, "wait_share": waited / seconds,
+        "shares": [round(share, 6) for _, share in logged],
+    }  # fmt: skip
+
+
+def stall_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name, steps in STALL_STEPS.items():
+        yield {"case": name, **alone(prepare_stall, name, steps, folder, found.threads)}
+
+
 # -- summary ------------------------------------------------------------------------------------------
 
 
@@ -404,16 +466,31 @@ def summary(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
         }
     elif part == "streaming":
         figures = {"peak MB": lambda row: row["peak_mb"]}
-    label = lambda row: " ".join(  # noqa: E731
-        str(row[k]) for k in ("case", "layout", "bytes", "records", "words") if k in row
-    )
-    for name in dict.fromkeys(map(label, good)):
-        own = [row for row in good if label(row) == name]
+    elif part == "stall":
+        figures = {"share of the time waited for data": lambda row: row["wait_share"]}
+
+    def label(row: dict[str, Any], *case: str) -> str:
+        return " ".join(str(row[k]) for k in (*case, "layout", "bytes", "records", "words") if k in row)
+
+    for name in dict.fromkeys(label(row, "case") for row in good):
+        own = [row for row in good if label(row, "case") == name]
         for figure, of in figures.items():
             yield f"{part} {name}: {figure} {median(own, of)} (quartiles of {len(own)})"
+    for ours, theirs in AGAINST.get(part, ()):
+        for name in dict.fromkeys(map(label, good)):
+            own, base = ([r for r in good if label(r) == name and r["case"] == c] for c in (ours, theirs))
+            if len(own) == len(base) > 0:
+                for figure, of in figures.items():
+                    ratios = ratio_quartiles(list(map(of, own)), list(map(of, base)))
+                    pair = f"{part} {name} {ours} / {theirs}: {figure} {ratios}"
+                    yield f"{pair} (quartiles of {len(own)} rounds)"
+    if part == "streaming":
+        for case in dict.fromkeys(row["case"] for row in good):
+            small, large = (row["peak_mb"] for row in good if row["case"] == case)
+            yield f"streaming {case}: peak of the large file / of the small one {large / small:.3f}"
     for row in rows:
         if "error" in row:
-            yield f"{part} {label(row)}: {row['error']}"
+            yield f"{part} {label(row, 'case')}: {row['error']}"
 
 
 if __name__ == "__main__":

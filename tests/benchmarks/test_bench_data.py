@@ -37,6 +37,26 @@ def test_streams_of_every_format_are_read(tmp_path, suffix):
     bench_data.write_stream(path, 4)
     turn, _ = bench_data.prepare_stream(path, 1)
     assert turn()["samples"] > 1000
+    with open(path, "rb") as file:  # training and validation data are all of the file
+        assert suffix != "jsonl" or turn()["samples"] == sum(1 for _ in file)
+
+
+def test_the_share_of_waiting_is_of_the_time_of_all_steps():
+    rows = [
+        {"step": 10, "samples_per_s": 20.0, "data_wait_share": 0.5},  # 10 steps of 4 in 2 s
+        {"step": 10, "loss": 1.0},
+        {"step": 20, "samples_per_s": 5.0, "data_wait_share": 0.0},  # in 8 s
+    ]
+    found = bench_data.stalls(rows, batch_size=4)
+    assert (found["seconds"], found["waited_s"], found["wait_share"]) == (10.0, 1.0, 0.1)
+    assert found["shares"] == [0.5, 0.0]
+
+
+def test_a_task_in_training_says_how_long_it_waited(tmp_path):
+    turn, _ = bench_data.prepare_stall("breast_cancer", 20, tmp_path, 1)
+    row = turn()
+    assert len(row["shares"]) >= 2
+    assert 0 <= row["waited_s"] < row["seconds"]
 
 
 def test_both_ways_to_read_tokens_give_blocks_of_the_stream(tmp_path):
@@ -53,3 +73,13 @@ def test_the_summary_keeps_to_its_cases():
     lines = list(bench_data.summary("tokens", rows))
     assert lines[0] == "tokens forge: samples/s [3.75, 5.0, 7.5] (quartiles of 3)"
     assert lines[-1] == "tokens peer: KeyError: 'x'"
+
+
+def test_the_summary_takes_ratios_round_by_round():
+    rows = [
+        {"case": case, "round": i, "samples": 12, "seconds": seconds, "cpu_s": 1.0}
+        for i, pair in enumerate(((1.0, 3.0), (4.0, 8.0)))
+        for case, seconds in zip(("forge", "h5py"), pair, strict=True)
+    ]
+    lines = list(bench_data.summary("hdf5", rows))
+    assert "hdf5  forge / h5py: samples/s [2.25, 2.5, 2.75] (quartiles of 2 rounds)" in lines
