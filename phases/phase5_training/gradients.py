@@ -153,14 +153,11 @@ class BatchGradient:
                 self._count(outputs, micro_batch["target"])
                 if last:
                     self._agree(loss, share)
-                # Gradients are averaged over the ranks, and their sum is wanted.
-                share = share if self._ranks.alone else share * self._ranks.world_size
                 (self._scaler.scale(share) if self._scaler else share).backward()
         if not self._ranks.alone and hasattr(loss_fn, "parameters"):
             grads = [p.grad for p in loss_fn.parameters() if p.grad is not None]
             for grad in grads:
                 self._ranks.add_up_([grad])
-                grad /= self._ranks.world_size
         return loss, total > 0
 
     def _apart(self) -> contextlib.AbstractContextManager[None]:

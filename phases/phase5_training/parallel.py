@@ -1,4 +1,4 @@
-"""How a model is spread over the ranks of a run: copies with averaged gradients (DDP), or parts (FSDP2)."""
+"""How a model is spread over the ranks: copies whose gradients are added up (DDP), or parts of it (FSDP2)."""
 
 import copy
 import functools
@@ -150,7 +150,7 @@ def spread(
         find_unused_parameters=unused,
         **_LEAVE_BUFFERS,
     )
-    copies.register_comm_hook((ranks.traffic, torch.bfloat16 if width == 2 else None), _averaged)
+    copies.register_comm_hook((ranks.traffic, torch.bfloat16 if width == 2 else None), _added_up)
     notice = f"{ranks.world_size} ranks, each with the whole model (ddp); {sent}"
     return Spread(called=copies, notices=(notice,))
 
@@ -176,19 +176,19 @@ def in_parts(wanted: str, model: nn.Module, device: torch.device, ranks: Ranks) 
     return size * BYTES_A_WEIGHT > memory / 2
 
 
-def _averaged(
+def _added_up(
     how: tuple[Traffic, torch.dtype | None],
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """Average a bucket of gradients, in its own type or another, and count the bytes.
+    """Add up a bucket of gradients, in its own type or another, and count the bytes.
 
-    As torch's own hooks do, of which those for other types need NCCL.
+    Each rank's loss is its share of the batch's, so that nothing is to be divided, as torch's hooks do.
     """
     traffic, dtype = how
     whole = bucket.buffer()
     sent = whole if dtype is None else whole.to(dtype)
     traffic.reduced += sent.nbytes
-    done = dist.all_reduce(sent.div_(dist.get_world_size()), async_op=True).get_future()
+    done = dist.all_reduce(sent, async_op=True).get_future()
     return done.then(lambda summed: whole if dtype is None else whole.copy_(summed.value()[0]))
 
 

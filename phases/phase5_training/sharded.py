@@ -89,8 +89,9 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(_Gather(traffic))
             module.set_custom_reduce_scatter(_Scatter(traffic))
-            if device.type == "cpu":  # gloo has no average
-                module.set_force_sum_reduction_for_comms(True)
+            # Each rank's loss is its share of the batch's: gradients are added up.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     for _, layer in ternary_layers(model):
         _keep_own_codes(layer)
     model.register_load_state_dict_pre_hook(_parts_of_whole)
