@@ -258,10 +258,19 @@ class ShardedOptimizer(BitNetOptimizer):
         super().zero_grad(set_to_none)
 
     def _total_norm(self, tensors: Sequence[Tensor]) -> Tensor:
-        own = super()._total_norm([t for t in tensors if t.numel()] or [tensors[0].new_zeros(1)])
+        # What every rank has whole, as the parameters of a loss, is added by the first.
+        whole = self._of_whole_parameters() if dist.get_rank() else set()
+        mine = [t for t in tensors if t.numel() and id(t) not in whole]
+        own = super()._total_norm(mine or [tensors[0].new_zeros(1)])
         squared = own.double().square()
         dist.all_reduce(squared)
         return squared.sqrt().float()
+
+    def _of_whole_parameters(self) -> set[int]:
+        """The gradients and the state of parameters of which this rank has not rows, by id."""
+        parts, state = {id(own) for _, own in self._parts}, self.state
+        whole = [p for g in self.param_groups for p in g["params"] if id(p) not in parts]
+        return {id(t) for p in whole for t in (p.grad, *state.get(p, {}).values())}
 
     def _requantize(self, layers: Sequence[TernaryWeight]) -> None:
         mine = [layer for layer in layers if codes_travel(layer)]

@@ -69,18 +69,9 @@ def four(ranks_folder):
 def two(ranks_folder, four):
     """Return what two ranks found, who also go on with what four began."""
     names = ["equal", "again", "numbers", "tokens", "micro", "bf16", "stopped", "memory", "nonfinite", "rest"]
-    names += ["rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
-    parts = [
-        "equal",
-        "muon",
-        "stopped",
-        "short",
-        "floats",
-        "rest",
-        "rest_in_the_other_mode",
-        "rest_of_damaged",
-        "failed_save",
-    ]
+    names += ["tasks", "rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
+    parts = ["equal", "muon", "stopped", "short", "floats", "nonfinite", "tasks", "rest"]
+    parts += ["rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
     return run_jobs(ranks_folder, 2, *(f"ddp.{n}" for n in names), *(f"fsdp.{n}" for n in parts))
 
 
@@ -138,6 +129,14 @@ def test_figures_are_means_over_all_samples_and_tokens(two, tmp_path, name):
     assert_same_run(two[0][f"ddp.{name}"], one(name, tmp_path))
 
 
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_what_a_loss_learns_is_the_same_on_all_ranks_and_on_one(two, tmp_path, mode):
+    alone = one("tasks", tmp_path)
+    assert abs(alone["weights"]["log_variances"]) > 1e-3
+    assert_same_run(two[0][f"{mode}.tasks"], alone)
+    assert len({r[f"{mode}.tasks"]["weights"]["log_variances"] for r in two}) == 1
+
+
 def test_gradients_in_bfloat16_stay_near(two):
     near, exact = two[0]["ddp.bf16"]["losses"], two[0]["ddp.equal"]["losses"]
     assert near != exact
@@ -158,12 +157,13 @@ def test_lack_of_memory_on_one_rank_halves_the_micro_batch_of_all(two):
     assert_same_run(two[0]["ddp.memory"]["short"], two[0]["ddp.memory"]["plain"])
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(two):
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(two, mode):
     for rank in two:
-        losses = rank["ddp.nonfinite"]["losses"]
-        assert [step for step, loss in enumerate(losses, 1) if loss is None] == [3]
-        assert losses == two[0]["ddp.nonfinite"]["losses"]
-        (bad,) = rank["ddp.nonfinite"]["told"]
+        found = rank[f"{mode}.nonfinite"]
+        assert [step for step, loss in enumerate(found["losses"], 1) if loss is None] == [3]
+        assert found["losses"] == two[0][f"{mode}.nonfinite"]["losses"]
+        (bad,) = found["told"]
         assert bad["step"] == 3
         assert len(set(bad["samples"])) == 24  # of both ranks
 
@@ -215,10 +215,15 @@ def test_where_one_rank_cannot_save_none_has_and_all_stop_at_one_step(two, mode)
     assert found[0]["after"]["losses"] == two[0][f"{mode}.equal"]["losses"][10:]
 
 
-def test_a_rank_killed_while_it_writes_its_part_leaves_the_checkpoint_before(two, ranks_folder):
-    found = run_jobs(ranks_folder, 2, "fsdp.killed_save", restarts=1)
-    assert found[0]["fsdp.killed_save"]["losses"] == two[0]["fsdp.equal"]["losses"][20:]
-    assert checkpoints_in(ranks_folder, "2/fsdp.killed_save").keys() == {"step-00000040", "step-00000050"}
+def test_a_rank_whose_data_fail_or_that_is_killed_in_a_save_costs_what_came_after_the_last_save(
+    two, ranks_folder
+):
+    found = run_jobs(ranks_folder, 2, "fsdp.three_lives", restarts=2)
+    assert found[0]["fsdp.three_lives"]["losses"] == two[0]["fsdp.equal"]["losses"][20:]
+    assert checkpoints_in(ranks_folder, "2/fsdp.three_lives").keys() == {"step-00000040", "step-00000050"}
+    run = ranks_folder / "2/fsdp.three_lives/run"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "resumed"] == [10, 20]
 
 
 def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_happened(

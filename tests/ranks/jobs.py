@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -48,6 +49,17 @@ def sentences(folder: Path, n: int, seed: int) -> str:
     return str(path)
 
 
+def answers(folder: Path, n: int, seed: int) -> str:
+    """A file of numbers with a class and a number each; each rank writes its own copy."""
+    x = torch.randn(n, 4, generator=torch.Generator().manual_seed(seed))
+    targets = [{"sign": int(row[0] > 0), "sum": float(row.sum())} for row in x]
+    samples = [{"input": row.tolist(), "target": t} for row, t in zip(x, targets, strict=True)]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.parent / f"tasks-{seed}-{RANK}.json"
+    path.write_text(json.dumps({"samples": samples}))
+    return str(path)
+
+
 def pipeline(folder: Path, mode: str, kind: str = "classes", **options):
     """A run whose 1, 2 and 4 ranks see the same batches of 24, the last of an epoch with 14 samples."""
     settings = {
@@ -57,7 +69,9 @@ def pipeline(folder: Path, mode: str, kind: str = "classes", **options):
         "backward": "float32", "use_amp": False, "compile": False, "device": "cpu", "progress": "quiet",
         "parallel": mode, "overwrite": True, "early_stopping": False,
     }  # fmt: skip
-    if kind == "tokens":
+    if kind == "tasks":
+        data = [answers(folder, 110, 0), answers(folder, 50, 1)]
+    elif kind == "tokens":
         settings |= {"model_options": {"dim": 16, "layers": 2, "heads": 2}, "pad_id": 0}
         data = [sentences(folder, 109, 0), sentences(folder, 49, 1)]
     else:
@@ -85,6 +99,7 @@ def figures(made) -> dict:
     made.register_callback("eval_end", validated)
     result = made.run()
     weights = {k: v.double() for k, v in result.model.state_dict().items()} if RANK == 0 else {}
+    weights |= {k: v.double() for k, v in made.loss.state_dict().items()}
     return {
         "bytes": [sent[-1] for sent in (gathered, reduced)] if WORLD > 1 else [],
         "losses": losses,
@@ -202,9 +217,18 @@ def failed_save(folder: Path, mode: str) -> dict:
     return {"error": error, "stopped_at": made.loop.state.step, "left": left, "after": after}
 
 
-def killed_save(folder: Path, mode: str) -> dict:
-    """The last rank is killed while it writes its part of step 30, in the first life of the processes."""
-    write_file = shared_checkpoints.write_file
+def three_lives(folder: Path, mode: str) -> dict:
+    """The data of the last rank fail; in its second life it is killed while it writes its part of step 30."""
+    write_file, life = shared_checkpoints.write_file, os.environ["TORCHELASTIC_RESTART_COUNT"]
+    made = pipeline(folder, mode, overwrite=False, auto_resume=True).setup()
+    loader: Any = type(made.train_loader)
+    batches = loader.__iter__
+
+    def failing(self):
+        for number, batch in enumerate(batches(self)):
+            if made.loop.state.step == 17 and number:
+                raise OSError("the disk with the data is gone")
+            yield batch
 
     def killed(path, parts):
         if "step-00000030" in str(path):
@@ -212,9 +236,11 @@ def killed_save(folder: Path, mode: str) -> dict:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_file(path, parts)
 
-    if RANK == WORLD - 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if RANK == WORLD - 1 and life == "0":
+        loader.__iter__ = failing
+    if RANK == WORLD - 1 and life == "1":
         shared_checkpoints.write_file = killed
-    return figures(pipeline(folder, mode, overwrite=False, auto_resume=True))
+    return figures(made)
 
 
 def command(folder: Path, mode: str) -> dict:
@@ -222,6 +248,26 @@ def command(folder: Path, mode: str) -> dict:
     sys.path.insert(0, str(folder.parents[1]))
     words = json.loads((folder.parents[1] / "words.json").read_text())
     return {"code": cli.main([*words, "--output-dir", str(folder), "--experiment-name", "whole"])}
+
+
+class TwoHeads(nn.Module):
+    """Answers with a class and a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+        self.sign, self.total = nn.Linear(16, 2), nn.Linear(16, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        return {"sign": self.sign(x), "sum": self.total(x)}
+
+
+def tasks(folder: Path, mode: str) -> dict:
+    """Two tasks, whose weights in the loss are learned."""
+    settings = {"model": TwoHeads(), "max_steps": SHORT, "float_layers": ["sign", "total"]}
+    return figures(pipeline(folder, mode, "tasks", **settings))
 
 
 class Troubled(nn.Module):

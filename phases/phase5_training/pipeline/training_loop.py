@@ -464,7 +464,7 @@ class TrainingLoop:
     def _save_after(self, error: Exception) -> None:
         """Finish the write in progress; where the data failed, between two steps, save these too."""
         try:
-            if self._feed.failed:
+            if self._feed.failed and self._ranks.alone:  # a save takes all ranks
                 set_random_state(self._feed.boundary_random)
                 self.save_checkpoint()
             self._report_saved(self._saver.settle())
