@@ -82,15 +82,14 @@ def load_parts(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Tensor
         Tensors by name, those in parts as DTensors.
 
     Raises:
-        ValueError: parts of a tensor are missing.
+        ValueError: rows of a tensor are missing.
         Exception: what torch's reader raises on files that are none of its own.
     """
     reader = HuggingFaceStorageReader(str(folder))
     state: dict[str, Any] = {}
     for name, found in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(found, TensorStorageMetadata)
-        if sum(chunk.sizes.numel() for chunk in found.chunks) != found.size.numel():
-            raise ValueError(f"parts of {name} are missing, or there are too many")
+        _check_rows(name, found)
         dtype = found.properties.dtype
         if mesh is None or len(found.chunks) == 1:
             state[name] = torch.empty(found.size, dtype=dtype)
@@ -102,6 +101,15 @@ def load_parts(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Tensor
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         load(state, storage_reader=reader, planner=planner, no_dist=True)
     return state
+
+
+def _check_rows(name: str, found: TensorStorageMetadata) -> None:
+    """Raise a ValueError unless the parts of a tensor are all of its rows, each once: torch does not look."""
+    end = 0
+    for chunk in sorted(found.chunks, key=lambda chunk: chunk.offsets) if found.size else ():
+        if tuple(chunk.offsets) != (end, *[0] * (len(found.size) - 1)):
+            raise ValueError(f"row {end} of {name} is missing, or there twice")
+        end += chunk.sizes[0]
 
 
 def _part(own: Tensor, whole: Sequence[int], mesh: DeviceMesh) -> DTensor:
