@@ -156,6 +156,8 @@ class TrainingPipeline:
         run_model = hardware.compile_model(self.model, config.memory_budget) if compiled else self.model
         self._spread = spread(self.model, run_model, self.loss, first, config, ranks, self.device)
         self.notices += self._spread.notices
+        if self._spread.parts:
+            compiled, why = False, "each rank has parts of its weights"
         inner = torch_optimizers(self._given_optimizer, self.model, self.loss, learning_rate, weight_decay)
         gradient_filter = GradientFilter(grokfast, plan) if grokfast else None
         self.optimizer = self._spread.optimizer(
