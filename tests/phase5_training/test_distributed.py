@@ -69,8 +69,8 @@ def four(ranks_folder):
 def two(ranks_folder, four):
     """Return what two ranks found, who also go on with what four began."""
     names = ["equal", "again", "numbers", "tokens", "micro", "bf16", "stopped", "memory", "nonfinite", "rest"]
-    names += ["tasks", "rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
-    parts = ["equal", "muon", "stopped", "short", "floats", "nonfinite", "tasks", "rest"]
+    names += ["tasks", "noisy", "rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
+    parts = ["equal", "muon", "stopped", "short", "floats", "nonfinite", "tasks", "best", "rest"]
     parts += ["rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
     return run_jobs(ranks_folder, 2, *(f"ddp.{n}" for n in names), *(f"fsdp.{n}" for n in parts))
 
@@ -135,6 +135,21 @@ def test_what_a_loss_learns_is_the_same_on_all_ranks_and_on_one(two, tmp_path, m
     assert abs(alone["weights"]["log_variances"]) > 1e-3
     assert_same_run(two[0][f"{mode}.tasks"], alone)
     assert len({r[f"{mode}.tasks"]["weights"]["log_variances"] for r in two}) == 1
+
+
+def test_masks_differ_between_ranks_and_come_again_and_running_means_are_the_first_ones(two):
+    found = [r["ddp.noisy"] for r in two]
+    assert found[0]["dropped"] != found[1]["dropped"]
+    assert found[0]["means"] == found[1]["means"]
+    assert max(map(abs, found[0]["means"])) > 0.01
+    assert found[0]["first"]["losses"] + found[0]["rest"]["losses"] == found[0]["whole"]["losses"]
+    assert found[0]["rest"]["weights"] == found[0]["whole"]["weights"]
+
+
+def test_parts_go_back_to_the_best_weights(two, tmp_path):
+    found, alone = two[0]["fsdp.best"], one("best", tmp_path)
+    assert found["best_step"] == alone["best_step"] < 24
+    assert_same_run(found, alone)
 
 
 def test_gradients_in_bfloat16_stay_near(two):

@@ -270,6 +270,43 @@ def tasks(folder: Path, mode: str) -> dict:
     return figures(pipeline(folder, mode, "tasks", **settings))
 
 
+class Noisy(nn.Module):
+    """Draws a mask, keeps running means, and has a parameter that no sample uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.drop = nn.Linear(12, 32), nn.BatchNorm1d(32), nn.Dropout(0.5)
+        self.second, self.head, self.unused = nn.Linear(32, 32), nn.Linear(32, 3), nn.Linear(32, 3)
+        self.dropped: list[int] = []
+
+    def forward(self, x):
+        x = self.drop(self.norm(self.first(x)).relu())
+        if self.training:
+            self.dropped.append(int((x == 0).sum()))
+        return self.head(self.second(x).relu())
+
+
+def noisy(folder: Path, mode: str) -> dict:
+    """A run, and the same one stopped and gone on with."""
+    made = pipeline(folder / "whole", mode, model=Noisy(), max_steps=SHORT)
+    whole = figures(made)
+    found = {"whole": whole, "means": made.model.norm.running_mean.tolist(), "dropped": made.model.dropped}
+    first = pipeline(folder / "cut", mode, model=Noisy(), max_steps=SHORT)
+    first.register_callback("step_end", lambda step, m: first.stop() if step == 6 else None)
+    found["first"] = figures(first)
+    rest = pipeline(folder / "cut", mode, model=Noisy(), max_steps=SHORT, overwrite=False, auto_resume=True)
+    return {**found, "rest": figures(rest)}
+
+
+def best(folder: Path, mode: str) -> dict:
+    """The best of several validations, which is not the last, is what the run gives."""
+    options = {"early_stopping": True, "monitor": "accuracy", "eval_interval": 4, "learning_rate": 0.05}
+    made = pipeline(folder, mode, max_steps=24, **options)
+    found = figures(made)
+    return {**found, "best_step": made.loop.early_stopping.best_step}
+
+
 class Troubled(nn.Module):
     """A network with trouble on the last rank from its ``at``-th step on.
 
