@@ -22,6 +22,7 @@ from phase5_training.errors import UsageError
 from phase5_training.events import CallbackRegistry, Event
 from phase5_training.records import RunDirectory
 from phase5_training.trackers import TRACKERS, TrackerProcesses, check_trackers
+from phase5_training.trackers.mirror import mirror
 
 SOURCE = Path(__file__).resolve().parents[2] / "phases"
 LAYERS = ["blocks.0.up", "blocks.0.down"]
@@ -189,6 +190,18 @@ def test_a_run_is_mirrored_afterwards(run: RunDirectory) -> None:
     train(run, 5, 50)
     assert main(["track", str(run.path), "tensorboard"]) == 0
     assert read_back(run, "tensorboard") == wanted(run, "tensorboard")
+
+
+def test_trackio_that_cannot_write_is_a_failure(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError("database or disk is full")
+
+    monkeypatch.setattr(storage, "bulk_log", full)
+    train(run, 5, 20)
+    with pytest.raises(RuntimeError, match=r"failed to flush metric logs .* disk is full"):
+        mirror(run, "trackio", "tests")
 
 
 def test_names_and_packages_are_checked_before_the_run(

@@ -11,6 +11,8 @@ import os
 import secrets
 import shutil
 import socket
+import sys
+import warnings
 from datetime import datetime
 from typing import Any
 
@@ -141,6 +143,9 @@ class TrackioTracker:
             for run in trackio.Api().runs(self.project):
                 if run.id == before:
                     run.delete()
+        # trackio tells of rows that it could not write by a warning, and of nothing else.
+        self._listening = contextlib.ExitStack()
+        self._warnings = self._listening.enter_context(warnings.catch_warnings(record=True))
         self._trackio_run = trackio.init(
             self.project,
             name=self.run.name,
@@ -157,8 +162,18 @@ class TrackioTracker:
         self._trackio_run.log(figures, step=step)
 
     def end(self) -> None:
-        """Write what is left."""
+        """Write what is left.
+
+        Raises:
+            RuntimeError: rows could not be written.
+        """
         self._trackio_run.finish()
+        self._listening.close()
+        said = [str(warning.message) for warning in self._warnings]
+        print(*said, sep="\n", file=sys.stderr)
+        lost = next((words for words in said if words.startswith("trackio failed")), None)
+        if lost is not None:
+            raise RuntimeError(lost)
 
 
 BACKENDS: dict[str, Any] = {
