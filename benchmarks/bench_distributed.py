@@ -1,6 +1,6 @@
 """Throughput of one process and of two, one thread each, and the bytes that a step sends.
 
-    python benchmarks/bench_distributed.py               # decoder of width 256, 2048 tokens a rank and step
+    python benchmarks/bench_distributed.py               # decoder of width 256, 4096 tokens a rank and step
     python benchmarks/bench_distributed.py --rounds 3 --output benchmarks/records/distributed.jsonl
 
 Each round runs every case once, in turn, each under a torchrun of its own, so that the machine's weather
@@ -41,7 +41,7 @@ def main() -> None:
     )
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2048, help="of a rank and step")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a rank and step")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", default=list(CASES))

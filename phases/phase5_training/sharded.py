@@ -28,6 +28,9 @@ from phase5_training.muon import Muon
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 
 _CODES = (".codes", ".scale")
+# They have other names from torch 2.13 on.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class _Buffers:
@@ -45,7 +48,7 @@ class _Gather(_Buffers, AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> Any:
         self._traffic.gathered += input_tensor.nbytes
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
+        return _ALL_GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
 
 
 class _Scatter(_Buffers, ReduceScatter):
@@ -56,7 +59,7 @@ class _Scatter(_Buffers, ReduceScatter):
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:
         self._traffic.reduced += input_tensor.nbytes
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return _REDUCE_SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
 
 def shard(
