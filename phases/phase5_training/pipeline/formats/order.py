@@ -232,6 +232,6 @@ class BatchPlan:
         if stop - start < self.world_size:
             raise DataError(
                 f"{name}: the last batch of an epoch has {stop - start} of {self.samples} samples, fewer "
-                f"than one for each of {self.world_size} ranks; set drop_last=True, another batch_size, or use "
-                "fewer ranks"
+                f"than one for each of {self.world_size} ranks; set drop_last=True, use another "
+                "batch_size, or fewer ranks"
             )
