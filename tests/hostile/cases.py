@@ -136,6 +136,22 @@ def deep(levels: int) -> bytes:
     return b"\x80\x02" + b"]" * levels + b"a" * (levels - 1) + b"."
 
 
+def colliding_keys(count: int = 60_000) -> bytes:
+    """A pickle of a dictionary whose keys all have the hash 0."""
+    body = b"\x80\x04}("
+    for k in range(count):
+        body += b"\x8a\x0a" + (k * (2**61 - 1)).to_bytes(10, "little") + b"N"
+    return body + b"u."
+
+
+def colliding_torch(folder: Path) -> Path:
+    path = folder / "a.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", colliding_keys())
+        archive.writestr("a/version", "3")
+    return path
+
+
 class Made:
     """Pickles as a call of ``function`` and a state."""
 
@@ -297,6 +313,8 @@ PICKLE = [
         pickled(lambda f: {"inputs": [[1.0] * 10**5] * 10**5}),
         "repeats its parts",
     ),
+    Case("pickle of keys that collide", raw(colliding_keys, "a.pkl"), "integers beyond 64 bits"),
+    Case("pickle of keys that collide in a .pt", colliding_torch, "integers beyond 64 bits"),
     Case("pickle of a list in itself", pickled(lambda f: itself()), "holds itself"),
     Case("pickle nested 300,000 deep", raw(deep(300_000), "a.pkl"), "nested deeper"),
     Case("pickle cut short", raw(pickle.dumps({"inputs": X, "targets": Y})[:-40], "a.pkl"), "a.pkl: cannot"),
@@ -928,6 +946,55 @@ def arrow(made: Any, path: Path) -> None:
         file.write_table(made)
 
 
+def stream(made: Any, path: Path) -> None:
+    from pyarrow import ipc
+
+    with ipc.new_stream(path, made.schema) as file:
+        file.write_table(made)
+
+
+def arrow_bomb(opened: str) -> Callable[[Path], Path]:
+    """20 kB of zeros, packed with zstd, that become 512 MB."""
+
+    def write(folder: Path) -> Path:
+        import pyarrow as pa
+        from pyarrow import ipc
+
+        made = pa.table({"input": pa.array(np.zeros(1 << 26))})
+        packed = ipc.IpcWriteOptions(compression="zstd")
+        with getattr(ipc, opened)(folder / "a.arrow", made.schema, options=packed) as file:
+            file.write_table(made)
+        return folder / "a.arrow"
+
+    return write
+
+
+def one_text_many_times() -> Any:
+    """A table of 20,000 texts of 200 kB, which are one."""
+    import pyarrow as pa
+
+    text = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000, np.int32)), pa.array(["x" * 200_000]))
+    return pa.table({"input": text, "target": [1] * 20_000})
+
+
+def repeated(write: Callable[[Any, Path], None], name: str) -> Callable[[Path], Path]:
+    def made(folder: Path) -> Path:
+        write(one_text_many_times(), folder / name)
+        return folder / name
+
+    return made
+
+
+def list_of_zeros(folder: Path) -> Path:
+    """A Parquet file of one record of 10^8 zeros."""
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(10**8, np.int8)), 10**8)
+    pq.write_table(pa.table({"input": rows.cast(pa.list_(pa.int8()))}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
 def cut_short(write: Callable[[Path], Path], keep: int) -> Callable[[Path], Path]:
     def made(folder: Path) -> Path:
         path = write(folder)
@@ -967,6 +1034,12 @@ TABLES = [
     Case("parquet with columns elsewhere", parquet_elsewhere, "cannot be read"),
     Case("arrow cut short", cut_short(table(arrow, "a.arrow"), -50), "cannot be read"),
     Case("arrow that is none", raw(b"ARROW1\0\0" + b"\xff" * 200, "a.arrow"), "cannot be read"),
+    Case("arrow packed zeros", arrow_bomb("new_file"), "inflates"),
+    Case("arrow stream of packed zeros", arrow_bomb("new_stream"), "inflates"),
+    Case("arrow stream cut short", cut_short(table(stream, "a.arrow"), 300), "cannot be read"),
+    Case("arrow of one text 20,000 times", repeated(arrow, "a.arrow"), "inflates"),
+    Case("parquet of one text 20,000 times", repeated(parquet, "a.parquet"), "inflates"),
+    Case("parquet of one record of zeros", list_of_zeros, "inflates"),
     Case("csv with rows of other lengths", raw(b"input,target\n1,0\n1,2,3\n", "a.csv"), "cannot be read"),
     Case(
         "csv with a quote that never ends", raw(b'input,target\n"1,0\n' + b"2,0\n" * 10**6, "a.csv"), "cannot"

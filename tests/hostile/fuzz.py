@@ -66,8 +66,8 @@ def save_hdf5(path: Path, **options: Any) -> None:
         file["dataset"].attrs["made"] = "here"
 
 
-def save_arrow(path: Path) -> None:
-    with pa.ipc.new_file(path, TABLE.schema) as file:
+def save_arrow(path: Path, new: Callable[..., Any] = pa.ipc.new_file, packed: str | None = None) -> None:
+    with new(path, TABLE.schema, options=pa.ipc.IpcWriteOptions(compression=packed)) as file:
         file.write_table(TABLE, 3)
 
 
@@ -100,13 +100,18 @@ def seeds() -> dict[str, list[bytes]]:
         ".bin": [np.arange(100, dtype=np.uint16).tobytes()],
         ".txt": ["some text: ü ".encode() * 9],
         ".jsonl.gz": [gzip.compress(lines(RECORDS))],
+        ".json.gz": [gzip.compress(json.dumps(RECORDS).encode())],
         ".jsonl.zst": [zstandard.compress(lines(TEXTS))],
         ".csv": [b"a,b,label\n" + b"".join(b"%d,%d.5,%d\n" % (i, i, i % 3) for i in range(8))],
         ".parquet": [
             by_file(lambda p: parquet.write_table(TABLE, p), ".parquet"),
             by_file(lambda p: parquet.write_table(TABLE, p, row_group_size=3), ".parquet"),
         ],
-        ".arrow": [by_file(save_arrow, ".arrow")],
+        ".arrow": [
+            by_file(save_arrow, ".arrow"),
+            by_file(lambda p: save_arrow(p, packed="zstd"), ".arrow"),
+            by_file(lambda p: save_arrow(p, pa.ipc.new_stream), ".arrow"),
+        ],
     }  # fmt: skip
 
 

@@ -81,7 +81,14 @@ def as_record_of(part: str) -> tuple[Any, Any] | None:
 
 
 def read_json(path: Path) -> Records:
-    text = path.read_bytes()
+    return records_of_json(path.read_bytes())
+
+
+def read_packed_json(path: Path) -> Records:
+    return records_of_json(gzip.decompress(path.read_bytes()))
+
+
+def records_of_json(text: bytes) -> Records:
     try:
         value = strict(text)
     except (ValueError, RecursionError):
@@ -143,6 +150,9 @@ def read_parquet(path: Path) -> Records:
 
 
 def read_arrow(path: Path) -> Records:
+    if path.read_bytes()[:6] != b"ARROW1":
+        with pa.ipc.open_stream(str(path)) as stream:
+            return read_table(stream.read_all())
     with pa.ipc.open_file(str(path)) as file:
         return read_table(file.read_all())
 
@@ -241,6 +251,7 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".pt": read_torch,
     ".bin": read_tokens,
     ".txt": read_text,
+    ".json.gz": read_packed_json,
     ".jsonl.gz": read_gzip,
     ".jsonl.zst": read_zstd,
     ".csv": read_csv,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from phase5_training.errors import DataError, UsageError
+from phase5_training.pipeline.formats.arrow_bodies import MAGIC, check_bodies
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Values, concat, take_target, take_values
 from phase5_training.pipeline.formats.forward import open_forward
 from phase5_training.pipeline.formats.objects import QUALITY_KEYS
@@ -51,15 +52,21 @@ def open_parquet(path: Path, options: ReadOptions) -> Source:
     with _told(path):
         file = parquet.ParquetFile(path)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-    columns = max(file.metadata.num_columns, 1)
-    sizes = [max(group.total_byte_size, 8 * group.num_rows * columns) for group in groups]
+        chunks = [[group.column(i) for i in range(group.num_columns)] for group in groups]
+    # Text that repeats stays a dictionary: decoded, one long text in a million rows is a million long texts.
+    text = sorted({c.path_in_schema for own in chunks for c in own if c.physical_type == "BYTE_ARRAY"})
+    sizes = [
+        max(group.total_byte_size, sum(8 * chunk.num_values for chunk in own))
+        for group, own in zip(groups, chunks, strict=True)
+    ]
     check_memory(path, max(sizes, default=0), "a row group")
     # A column of equal values takes a few bytes, whatever their number.
     check_inflation(f"{path}: a row group", path.stat().st_size, max(sizes, default=0))
 
     def read(number: int) -> Any:
         # Each process opens the file for itself: a handle must not cross a fork.
-        return parquet.ParquetFile(path).read_row_group(number, use_threads=False)
+        own = parquet.ParquetFile(path, read_dictionary=text)
+        return own.read_row_group(number, use_threads=False)
 
     return _blocks(path, "parquet", [group.num_rows for group in groups], read, sum(sizes), options)
 
@@ -73,7 +80,9 @@ def open_arrow(path: Path, options: ReadOptions) -> Source:
     ipc = _pyarrow(path, "ipc")
     arrow = _pyarrow(path, "lib")
     with path.open("rb") as raw:
-        is_file = raw.read(6) == b"ARROW1"
+        is_file = raw.read(6) == MAGIC
+    with _told(path):
+        check_bodies(path, ipc, arrow, is_file=is_file)
     if not is_file:
 
         def walk() -> Iterator[Columns]:
@@ -272,6 +281,7 @@ def _values(path: Path, table: Any, name: str, bad: dict[int, str]) -> Values:
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
     if pa.types.is_dictionary(array.type):
+        _check_repeats(path, name, array)
         array = array.dictionary_decode()
     kind = array.type
     missing = np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False)) if array.null_count else ()
@@ -284,6 +294,21 @@ def _values(path: Path, table: Any, name: str, bad: dict[int, str]) -> Values:
     if _is_list(kind):
         return _lists(path, name, array, bad)
     raise DataError(f"{path}: column {name!r} holds {kind}; wanted numbers, text or lists of numbers")
+
+
+def _check_repeats(path: Path, name: str, array: Any) -> None:
+    """Refuse a column that is small only because its long texts are named by numbers."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type.value_type
+    if pa.types.is_primitive(kind):
+        return
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
+        raise DataError(f"{path}: column {name!r} holds a dictionary of {kind}; wanted numbers or text")
+    lengths = pc.binary_length(array.dictionary).cast("int64")
+    size = pc.sum(lengths.take(array.indices)).as_py() or 0
+    check_inflation(f"{path}: column {name!r}", path.stat().st_size, size)
 
 
 def _is_list(kind: Any) -> bool:
@@ -306,7 +331,8 @@ def _lists(path: Path, name: str, array: Any, bad: dict[int, str]) -> Values:
             raise DataError(f"{path}: column {name!r} holds nested lists of different lengths")
         shape, flat = (*shape, int(inner[0])), flat.flatten()
     if not (pa.types.is_integer(flat.type) or pa.types.is_floating(flat.type)):
-        raise DataError(f"{path}: column {name!r} holds lists of {flat.type}; wanted lists of numbers")
+        held = flat.type.value_type if pa.types.is_dictionary(flat.type) else flat.type
+        raise DataError(f"{path}: column {name!r} holds lists of {held}; wanted lists of numbers")
     if flat.null_count:
         holes = np.flatnonzero(flat.is_null().to_numpy(zero_copy_only=False)) // max(int(np.prod(shape)), 1)
         bad.update({int(row): f"has nothing within {name!r}" for row in np.unique(owners[holes])})

@@ -259,6 +259,12 @@ def _check_archive(file: IO[bytes], size: int) -> None:
     """Refuse an archive that inflates: torch stores its tensors as they are."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
+        stored = {
+            m.filename: m for m in members if m.compress_type == zipfile.ZIP_STORED and m.file_size <= size
+        }
+        for name in stored:
+            if name.endswith("/data.pkl"):
+                check_opcodes(archive.read(name))
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("a compressed archive; torch.save writes none")
     if sum(member.file_size for member in members) > size:

@@ -18,6 +18,8 @@ import torch
 MAX_DEPTH = 64  # containers in containers; arrays have at most 64 dimensions
 SHARED = 64  # elements that a byte of the file may stand for: a repeated text is stored once
 SHARED_FLOOR = 1 << 26
+MAX_HUGE = 1000  # integers beyond 64 bits: as keys, ten thousands of them can be made to collide
+WORD, DIGITS = 9, 22  # bytes, or decimal digits with what surrounds them, of integers that arrays hold
 
 # Opcodes of fixed length run at the speed of a regular expression; see pickletools for their names.
 _ALONE = b"(012N\x88\x89]})\x8faesut\x85\x86\x87ld\x90\x91Rbo\x81\x92\x93\x94Q"
@@ -40,14 +42,14 @@ def check_opcodes(raw: bytes | mmap.mmap) -> None:
 
     Raises:
         ValueError: a length beyond the end of the file, a memo index beyond what the file can have stored,
-            an opcode that data never need, or no end.
+            an opcode that data never need, thousands of integers beyond 64 bits, or no end.
 
     Example:
         >>> check_opcodes(b"]r\xff\xff\xff\xff.")
         Traceback (most recent call last):
         ValueError: a memo index of 4294967295 in a file of 7 bytes
     """
-    at, size = 0, len(raw)
+    at, size, huge = 0, len(raw), 0
     while at < size:
         run = _FIXED.match(raw, at)
         if run:
@@ -58,7 +60,9 @@ def check_opcodes(raw: bytes | mmap.mmap) -> None:
             return
         if code in _LENGTHS:
             width = _LENGTHS[code]
-            at += width + int.from_bytes(raw[at : at + width], "little")
+            length = int.from_bytes(raw[at : at + width], "little")
+            at += width + length
+            huge += code in b"\x8a\x8b" and length > WORD
         elif code in _LINES:
             first = at
             for _ in range(_LINES[code]):
@@ -67,6 +71,7 @@ def check_opcodes(raw: bytes | mmap.mmap) -> None:
                     raise ValueError("it is cut short")
             if code == _PUT:
                 _check_index(raw[first : at - 1], size)
+            huge += code in b"IL" and at - first > DIGITS
         elif code == _LONG_PUT:
             _check_index(int.from_bytes(raw[at : at + 4], "little"), size)
             at += 4
@@ -76,6 +81,8 @@ def check_opcodes(raw: bytes | mmap.mmap) -> None:
             at += 8
         else:
             raise ValueError(f"an opcode {code:#04x}, which data do not need")
+        if huge > MAX_HUGE:
+            raise ValueError(f"more than {MAX_HUGE} integers beyond 64 bits")
     raise ValueError("it is cut short")
 
 
