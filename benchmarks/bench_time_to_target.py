@@ -5,8 +5,9 @@
     python benchmarks/bench_time_to_target.py --task s5 --recipes naive --tune
 
 A recipe without figures in the tuned file is tuned first, by whole runs over the same number of rates and
-decays for every recipe, and its figures and their cost are added to that file. The steps and seconds of that
-stand in a column of their own.
+decays for every recipe, on seeds that come after those that are reported, and its figures and their cost are
+added to that file. The steps and seconds of that stand in a column of their own. With --tune the first seed is
+that of the tuning: give one that will not be reported.
 """
 
 import argparse
@@ -46,6 +47,7 @@ def main() -> None:
     torch.set_num_threads(found.threads)
     changes = {"max_steps": found.cap_steps, "max_seconds": found.cap_seconds}
     changes = {name: value for name, value in changes.items() if value is not None}
+    after = found.first_seed + (0 if found.tune else found.seeds)
     recipes = chosen_recipes(found.recipes, found.attribution)
     for name in found.task:
         contest = built_in(name, found.output_dir, **changes)
@@ -55,7 +57,7 @@ def main() -> None:
         for base in dict.fromkeys(RECIPES[recipe].tuned_as for recipe in recipes):
             if base and (found.tune or (name, base) not in known):
                 print(f"{name}: tuning {RECIPES[base].title}", flush=True)
-                known[name, base] = tune_to_target(contest, base, found.first_seed, found.tuned, found.target)
+                known[name, base] = tune_to_target(contest, base, after, found.tuned, found.target)
         if not found.tune:
             seeds = range(found.first_seed, found.first_seed + found.seeds)
             bench(

@@ -87,12 +87,17 @@ def rotary_attention(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (batch, length, heads * head_dim) in the dtype of `qkv`.
 
     Raises:
-        ValueError: tables of another length or width.
+        ValueError: a projection of another shape, tables of another length or width.
 
     >>> cos, sin = rope_table(5, 4)
     >>> rotary_attention(torch.ones(2, 5, 3, 1, 4), cos, sin).shape
     torch.Size([2, 5, 4])
     """
+    if qkv.dim() != 5 or qkv.shape[2] != 3:
+        raise ValueError(
+            f"the projection has shape {tuple(qkv.shape)}; it takes (batch, length, 3, heads, head_dim), "
+            "queries, keys and values: view the fused projection so"
+        )
     batch, length, _, heads, head_dim = qkv.shape
     if cos.shape != (length, head_dim) or sin.shape != (length, head_dim):
         raise ValueError(

@@ -278,7 +278,8 @@ def normed_linear(x: Tensor, norm: RMSNorm, linear: nn.Module) -> Tensor:
     """``linear(norm(x))``; where the native kernels run, the norm and the rounding to int8 are one pass.
 
     The bits are those of the two modules one after the other in float32. Under bf16 the gradient between
-    them stays bf16. Hooks on ``norm`` are honored: with some, the two are called in turn.
+    them stays bf16. Where either has hooks, or ``linear`` a forward of its own, the two are called in turn:
+    a hook is to see what goes into its module, and may replace it.
 
     Args:
         x: (..., width) floating point.
@@ -287,13 +288,25 @@ def normed_linear(x: Tensor, norm: RMSNorm, linear: nn.Module) -> Tensor:
     """
     if (
         isinstance(linear, BitLinear)
+        and type(linear).forward is BitLinear.forward
         and linear.activation_bits is not None
         and not linear.norm
+        and norm.weight.shape == x.shape[-1:]
         and native_rms_norm(x, norm.weight)
-        and not (norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks)
+        and not (_has_hooks(norm) or _has_hooks(linear))
     ):
         return linear(x, norm)
     return linear(norm(x))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module calls something else as well."""
+    return bool(
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_pre_hooks
+        or module._backward_hooks
+    )
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

@@ -29,6 +29,9 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float, *, squared_relu: bool =
     Returns:
         The shape of ``x``, in the dtype of ``gain``, of ``x`` where there is none.
 
+    Raises:
+        ValueError: a gain of another width than ``x``.
+
     >>> rms_norm(torch.tensor([3.0, 4.0, 0.0, 0.0]), None, 0.0)
     tensor([1.2000, 1.6000, 0.0000, 0.0000])
     >>> rms_norm(torch.tensor([-3.0, 2.0]), torch.ones(2), 0.0, squared_relu=True)
@@ -37,6 +40,11 @@ def rms_norm(x: Tensor, gain: Tensor | None, eps: float, *, squared_relu: bool =
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467), equation 4; So et al. 2021, "Primer"
     (arXiv:2109.08668) for the squared ReLU.
     """
+    if gain is not None and gain.shape != x.shape[-1:]:
+        raise ValueError(
+            f"the gain has shape {tuple(gain.shape)} and the input {tuple(x.shape)}; "
+            f"make the norm for a width of {x.shape[-1]}"
+        )
     if native_rms_norm(x, gain):
         return _NativeRMSNorm.apply(x, gain, eps, squared_relu)
     if squared_relu:

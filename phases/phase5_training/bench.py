@@ -166,7 +166,8 @@ def bench(
     for name in recipes:
         base = RECIPES[name].tuned_as
         if base and base not in figures:
-            figures[base] = known.get((contest.name, base)) or tune_once(contest, base, seeds[0])
+            # Not on a seed that is reported, which would be the one that was tuned for.
+            figures[base] = known.get((contest.name, base)) or tune_once(contest, base, max(seeds) + 1)
             _append(record, {"kind": "tuned", **tuned_row(contest.name, base, figures[base]), **about})
     for turn, seed in enumerate(seeds):
         start = turn % len(recipes)
@@ -296,8 +297,11 @@ def tune_to_target(
         run(index, seed + 1)
         run(index, seed + 2)
     best = min(finalists, key=lambda index: merit(rows[index], numeric))
-    if merit(rows[best], numeric)[-1] == math.inf:
-        raise UsageError("no run of the grid has four evaluations; lower eval_interval, or raise the cap")
+    levels = [bench_summary.held_level(row["curve"], higher=row["higher"]) for row in rows[best]]
+    if not any(level is not None and math.isfinite(level) for level in levels):
+        raise UsageError(
+            "no run of the grid has four evaluations with a finite figure; lower eval_interval, or raise the cap"
+        )
     every = list(itertools.chain.from_iterable(rows))
     found = Tuned(
         options=tried[best],

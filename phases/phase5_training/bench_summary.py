@@ -78,6 +78,19 @@ def quartiles(values: Iterable[float | None]) -> list[float | None]:
     return found
 
 
+def figure_quartiles(values: Iterable[float | None], *, higher: bool) -> list[float | None]:
+    """:func:`quartiles` of a figure; a run without one (None) is worse than any other.
+
+    Example:
+        >>> figure_quartiles([0.9, 0.8, None], higher=True)
+        [None, 0.8, 0.8500000000000001]
+    """
+    if not higher:
+        return quartiles(values)
+    found = quartiles(None if v is None else -v for v in values)
+    return [None if v is None else -v for v in reversed(found)]
+
+
 def summaries(runs: Sequence[Row], targets: Sequence[float | str]) -> list[Row]:
     """One row per target and recipe.
 
@@ -91,13 +104,15 @@ def summaries(runs: Sequence[Row], targets: Sequence[float | str]) -> list[Row]:
         reached = {(run["recipe"], run["seed"]): _reached(run, target, runs) for run in runs}
         for name in names:
             own = [run for run in runs if run["recipe"] == name]
+            # A run that failed before its data were known does not say what it is judged by.
+            judged = next((run for run in runs if run["figure"]), own[0])
             times = [reached[name, run["seed"]] for run in own]
             rows.append(
                 {
                     "kind": "summary",
                     "task": own[0]["task"],
                     "target": target,
-                    "figure": own[0]["figure"],
+                    "figure": judged["figure"],
                     "recipe": name,
                     **RECIPES[name].factors,
                     "seeds": len(own),
@@ -109,8 +124,8 @@ def summaries(runs: Sequence[Row], targets: Sequence[float | str]) -> list[Row]:
                     "whole_seconds": quartiles(run["seconds"] for run in own),
                     "tuning_steps": own[0]["tuning_steps"],
                     "tuning_seconds": own[0]["tuning_seconds"],
-                    "test": quartiles(run["test"] for run in own),
-                    "watched": quartiles(run["best"] for run in own),
+                    "test": figure_quartiles((run["test"] for run in own), higher=judged["higher"]),
+                    "watched": figure_quartiles((run["best"] for run in own), higher=judged["higher"]),
                     **{f"ratio_{base}": _ratios(reached, name, base, own) for base in BASELINES},
                 }
             )

@@ -183,6 +183,35 @@ def test_tables_of_another_length_are_refused(implementation) -> None:
             rotary_attention(fused(40, 16), *tables)
 
 
+@pytest.mark.parametrize("shape", [(2, 40, 2, 1, 16), (2, 40, 4, 1, 16), (2, 40, 48)])
+def test_a_projection_of_another_shape_is_refused(implementation, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"takes \(batch, length, 3, heads, head_dim\)"):
+        rotary_attention(torch.ones(shape), *rope_table(40, 16))
+
+
+@pytest.mark.parametrize("length", [4, 40])
+@pytest.mark.parametrize(("batch", "heads"), [(0, 2), (2, 0)])
+def test_nothing_to_attend_gives_nothing(implementation, length: int, batch: int, heads: int) -> None:
+    x = torch.ones(batch, length, 3, heads, 16, requires_grad=True)
+    out = rotary_attention(x, *rope_table(length, 16))
+    out.sum().backward()
+    assert out.shape == (batch, length, heads * 16)
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("length", [4, 40])
+def test_a_projection_may_lie_in_memory_in_any_order(implementation, length: int) -> None:
+    x = fused(length, 32, batch=4)[::2, ..., ::2].transpose(1, 3).clone().transpose(1, 3)
+    ours, theirs = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    slope = torch.arange(1.0, 3.0)[:, None, None].expand(2, length, 48)
+    out, want = rotary_attention(ours, *rope_table(length, 16)), in_float64(theirs)
+    out.backward(slope)
+    want.backward(slope.double())
+    torch.testing.assert_close(out.double(), want, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=1e-4, rtol=1e-4)
+
+
 def test_rotary_attention_of_bf16_comes_back_in_bf16(implementation) -> None:
     x = fused(40, 16).bfloat16()
     out = rotary_attention(x, *rope_table(40, 16))

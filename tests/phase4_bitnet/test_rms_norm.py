@@ -146,17 +146,81 @@ def test_only_the_gain_is_trained() -> None:
     assert torch.equal(joined, norm.weight.grad)
 
 
-@pytest.mark.parametrize("kind", ["forward", "pre", "backward"])
+@pytest.mark.parametrize("kind", ["forward", "pre", "backward", "backward pre"])
 def test_hooks_on_the_norm_are_called(kind: str) -> None:
     norm, called = RMSNorm(16, eps=EPS), []
     add = {
         "forward": norm.register_forward_hook,
         "pre": norm.register_forward_pre_hook,
         "backward": norm.register_full_backward_hook,
+        "backward pre": norm.register_full_backward_pre_hook,
     }[kind]
     add(lambda *_: called.append(kind))
     normed_linear(draw(4, 16).requires_grad_(), norm, BitLinear(16, 8)).sum().backward()
     assert called == [kind]
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_hooks_on_the_linear_see_its_input_and_may_replace_it(kind: str) -> None:
+    norm, linear, x = RMSNorm(16, eps=EPS), BitLinear(16, 8), 100 * draw(4, 16)
+    want, seen = linear(norm(x)), []
+    if kind == "pre":  # what it returns stands for all of the arguments
+        linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]) or (args[0],))
+    else:
+        linear.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    assert torch.equal(normed_linear(x, norm, linear), want)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], norm(x))
+
+
+def test_a_backward_hook_on_the_linear_sees_the_gradient_of_its_input() -> None:
+    norm, linear, x, seen = RMSNorm(16, eps=EPS), BitLinear(16, 8), 100 * draw(4, 16), []
+    normed = norm(x).detach().requires_grad_()
+    linear(normed).sum().backward()
+    linear.register_full_backward_hook(lambda module, given, _: seen.append(given[0]))
+    normed_linear(x.requires_grad_(), norm, linear).sum().backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], normed.grad)
+
+
+def test_a_layer_with_a_forward_of_its_own_gets_what_it_takes() -> None:
+    class Doubled(BitLinear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return 2 * super().forward(x)
+
+    norm, linear, x = RMSNorm(16, eps=EPS), Doubled(16, 8), draw(4, 16)
+    assert torch.equal(normed_linear(x, norm, linear), linear(norm(x)))
+
+
+@pytest.mark.parametrize("gain", [draw(40, seed=1)[::2], draw(1, seed=1).expand(20)])
+def test_a_gain_and_an_input_may_lie_in_memory_in_any_order(way: str, gain: torch.Tensor) -> None:
+    x, slope = draw(20, 6).t().requires_grad_(), draw(1, seed=3).expand(6, 20)
+    gain = gain.detach().requires_grad_()
+    out = rms_norm(x, gain, EPS)
+    found = torch.autograd.grad(out, (x, gain), slope)
+    for own, exact in zip((out, *found), gradients(x, gain, slope, False), strict=True):
+        torch.testing.assert_close(own.double(), exact, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_a_gain_of_another_width_is_refused(way: str, width: int) -> None:
+    with pytest.raises(ValueError, match="make the norm for a width of 8"):
+        rms_norm(draw(3, 8), torch.ones(width), EPS)
+    with pytest.raises(ValueError, match="make the norm for a width of 8"):
+        normed_linear(draw(3, 8), RMSNorm(width, eps=EPS), BitLinear(8, 4))
+
+
+@needs_native
+def test_the_kernels_read_no_further_than_the_gain() -> None:
+    x, inverse, short = draw(3, 8), torch.ones(3), torch.ones(4)
+    kernels = torch.ops.forge
+    for call in (
+        lambda: kernels.rms_norm(x, short, EPS, False, torch.float32),
+        lambda: kernels.rms_norm_quantize(x, short, EPS, False, EPS),
+        lambda: kernels.rms_norm_backward(x, x, short, inverse, False),
+    ):
+        with pytest.raises(RuntimeError, match="the gain has 4 elements and a row 8"):
+            call()
 
 
 def test_another_linear_is_called_as_it_is() -> None:

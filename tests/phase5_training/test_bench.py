@@ -98,6 +98,29 @@ class TestSummaries:
         assert [row["name"] for row in rows] == ["float AdamW, tuned", "Forge"]
         assert rows[1]["curve"][0] == [0.5, 0.1]
 
+    @pytest.mark.parametrize("higher", [True, False])
+    def test_a_run_that_failed_is_the_worst_and_not_the_best(self, higher):
+        runs = [run_row("forge", seed, [0.5] * 4, higher=higher) for seed in range(3)]
+        figures = [0.8, 0.9, None]
+        for run, figure in zip(runs, figures, strict=True):
+            run["test"] = run["best"] = figure
+        (row,) = summaries(runs, [0.95])
+        middle = 0.8 if higher else 0.9
+        assert (row["test"][1], row["watched"][1]) == (middle, middle)
+        assert row["test"][0 if higher else 2] is None
+        # Where none failed the quartiles are numpy's, in ascending order.
+        runs[2]["test"] = 0.2
+        (row,) = summaries(runs, [0.95])
+        assert row["test"] == pytest.approx(np.quantile([0.8, 0.9, 0.2], [0.25, 0.5, 0.75]).tolist())
+
+    def test_a_run_that_failed_early_names_no_figure_and_hides_none(self):
+        runs = [run_row("forge", seed, [0.5] * 4, higher=False) for seed in range(2)]
+        runs[0] |= {"figure": None, "higher": True, "test": None, "curve": []}
+        runs[1]["figure"] = "mse"
+        (row,) = summaries(runs, [0.95])
+        assert row["figure"] == "mse"
+        assert row["test"][2] is None
+
 
 class TestRecipes:
     def test_the_attribution_has_every_cell_once(self):
@@ -290,6 +313,31 @@ class TestRuns:
         assert 0 < tuned.steps <= 60
         assert tuned.options["optimizer"] == "adamw"
         assert options_of(own, "float", tuned)["learning_rate"] == tuned.options["learning_rate"]
+
+    def test_no_reported_seed_is_tuned_on(self, task_files, tmp_path, no_report, monkeypatch):
+        own, tuned_on = contest(task_files, tmp_path), []
+
+        def tune_once(contest, name, seed):
+            tuned_on.append(seed)
+            return FIGURES["wine", name]
+
+        monkeypatch.setattr(bench, "tune_once", tune_once)
+        found = bench.bench(own, ["float"], [3, 4], quiet=True)
+        assert tuned_on
+        assert not {run["seed"] for run in found["runs"]} & set(tuned_on)
+
+    def test_one_seed_that_fails_early_does_not_end_the_tuning(self, task_files, tmp_path, monkeypatch):
+        own = contest(task_files, tmp_path)
+        own = Contest(**{**vars(own), "task": replace(TASKS["wine"], delayed=True)})
+
+        def run_once(contest, name, tuned, seed, stop_at):
+            return run_row(name, seed, [0.95] * (1 if seed == 2 else 4))
+
+        monkeypatch.setattr(bench, "run_once", run_once)
+        assert bench.tune_to_target(own, "float", 0).options == grid(RECIPES["float"], own.task)[0]
+        monkeypatch.setattr(bench, "run_once", lambda *_: run_row("float", 0, [0.95]))
+        with pytest.raises(UsageError, match="no run of the grid has four evaluations"):
+            bench.tune_to_target(own, "float", 0)
 
     def test_a_grid_of_whole_runs(self, task_files, tmp_path, no_report, monkeypatch):
         own = contest(task_files, tmp_path)

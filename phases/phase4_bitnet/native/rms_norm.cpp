@@ -97,14 +97,22 @@ auto with_squared(bool squared, const Work& work) {
   return squared ? work(std::true_type()) : work(std::false_type());
 }
 
+// The gain as it lies in memory for the kernels, which trust its length.
+std::optional<Tensor> gain_of_width(const std::optional<Tensor>& gain, int64_t width) {
+  if (!gain) return gain;
+  TORCH_CHECK(gain->numel() == width, "the gain has ", gain->numel(), " elements and a row ", width);
+  return gain->contiguous();
+}
+
 const float* data_or_null(const std::optional<Tensor>& gain) {
   return gain ? gain->const_data_ptr<float>() : nullptr;
 }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const std::optional<Tensor>& gain, double eps, bool squared,
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const std::optional<Tensor>& gain_in, double eps, bool squared,
                                     at::ScalarType dtype) {
   const Tensor x = x_in.contiguous();
   const Rows rows(x);
+  const std::optional<Tensor> gain = gain_of_width(gain_in, rows.width);
   Tensor out = at::empty_like(x, x.options().dtype(dtype));
   Tensor inverse = at::empty({rows.count}, x.options().dtype(at::kFloat));
   with_squared(squared, [&](auto is_squared) {
@@ -125,10 +133,11 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_in, const std::optional<Tens
 }
 
 // The same, rounded to int8 by row before it is written: it is never in memory in float.
-std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x_in, const std::optional<Tensor>& gain,
+std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x_in, const std::optional<Tensor>& gain_in,
                                                      double eps, bool squared, double floor) {
   const Tensor x = x_in.contiguous();
   const Rows rows(x);
+  const std::optional<Tensor> gain = gain_of_width(gain_in, rows.width);
   Tensor out = at::empty_like(x, x.options().dtype(at::kChar));
   Tensor scale = at::empty({rows.count, 1}, x.options().dtype(at::kFloat));
   Tensor inverse = at::empty({rows.count}, x.options().dtype(at::kFloat));
@@ -151,10 +160,11 @@ std::tuple<Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x_in, const s
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad_in, const Tensor& x_in,
-                                             const std::optional<Tensor>& gain, const Tensor& inverse,
+                                             const std::optional<Tensor>& gain_in, const Tensor& inverse,
                                              bool squared) {
   const Tensor grad = grad_in.contiguous(), x = x_in.contiguous();
   const Rows rows(x);
+  const std::optional<Tensor> gain = gain_of_width(gain_in, rows.width);
   Tensor d_x = at::empty_like(x);
   Tensor d_gain = at::empty({gain ? rows.width : 0}, inverse.options());
   Tensor shares = at::empty({gain ? rows.tasks : 0, rows.width}, inverse.options());
