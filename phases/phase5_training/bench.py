@@ -300,7 +300,8 @@ def tune_to_target(
     levels = [bench_summary.held_level(row["curve"], higher=row["higher"]) for row in rows[best]]
     if not any(level is not None and math.isfinite(level) for level in levels):
         raise UsageError(
-            "no run of the grid has four evaluations with a finite figure; lower eval_interval, or raise the cap"
+            "no run of the grid has four evaluations with a finite figure; "
+            "lower eval_interval, or raise the cap"
         )
     every = list(itertools.chain.from_iterable(rows))
     found = Tuned(
