@@ -217,6 +217,11 @@ class JsonRecords(IndexedSource):
         # Neighbors are read from the file at once.
         assert self._index is not None
         spans = self._index.spans(indices)
+        # An index that came with its file may say anything, and has the right checksum all the same.
+        if len(spans) and (spans[:, 0].min() < 0 or (spans[:, 1] < spans[:, 0]).any()):
+            raise DataError(f"{self.path}: {self._index.path} names places that no file has; delete it")
+        if len(spans) and spans[:, 1].max() > self.path.stat().st_size:
+            raise DataError(f"{self.path}: shorter than its index {self._index.path} says; delete that one")
         order = np.argsort(spans[:, 0], kind="stable")
         starts, stops = spans[order, 0], np.maximum.accumulate(spans[order, 1])
         cuts = np.flatnonzero(starts[1:] - stops[:-1] > MAX_GAP) + 1

@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 
+from phase5_training.errors import DataError
 from phase5_training.pipeline.formats import index_file, open_source
 from phase5_training.pipeline.formats.columns import as_rows
 from phase5_training.pipeline.formats.index_file import places
@@ -304,6 +306,25 @@ def test_links_and_folders_of_shards(tmp_path):
     again = open_source(tmp_path / "d", BIG)  # the side files there are no data files
     assert contents(again) == contents(source)
     assert isinstance(again._shards[0], JsonRecords)
+
+
+@pytest.mark.parametrize("span", [(0, 1 << 60), (-5, 10), (10, 5), (1 << 62, (1 << 62) + 5)])
+def test_an_index_that_came_with_its_file_names_no_place_elsewhere(tmp_path, span):
+    path = write(tmp_path / "a.jsonl", "ragged")
+    contents(open_source(path, BIG))
+    side = places(path)[0]
+    raw = side.read_bytes()
+    end = len(index_file.MAGIC) + 8
+    length = int.from_bytes(raw[-end : 8 - end], "little")
+    footer = json.loads(raw[-end - length : -end])
+    at = footer["sections"]["spans"]["offset"] + 16 * 7
+    changed = bytearray(raw[: -end - length])
+    changed[at : at + 16] = np.array(span, np.int64).tobytes()
+    footer["sections"]["spans"]["crc32"] = zlib.crc32(changed[at - 16 * 7 :])
+    text = json.dumps(footer).encode()
+    side.write_bytes(bytes(changed) + text + len(text).to_bytes(8, "little") + index_file.MAGIC)
+    with pytest.raises(DataError, match=r"a.jsonl: .*forge-index .*; delete"):
+        open_source(path, BIG).gather(np.array([7]))
 
 
 def test_a_file_is_closed_with_its_source(tmp_path):
