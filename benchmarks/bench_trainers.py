@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -66,28 +67,28 @@ def forge(steps: int, folder: str) -> None:
     from phase5_training import create_training_pipeline, report
 
     # Drawn at the end of a run, and the longer for a longer one: no part of a step.
-    report.write_report = lambda runs, out=None: Path(folder)
-    create_training_pipeline(
-        Network(),
-        Digits(("input", "target")),
-        output_dir=folder,
-        experiment_name=f"run{steps}",
-        overwrite=True,
-        max_steps=steps,
-        batch_size=BATCH,
-        optimizer="adamw",
-        learning_rate=RATE,
-        weight_decay=0.01,
-        schedule="constant",
-        warmup_steps=0,
-        log_interval=LOG,
-        checkpoint_interval=10**6,
-        device="cpu",
-        compile=False,
-        use_amp=False,
-        progress="quiet",
-        validation_split=0.0,
-    ).run()
+    with mock.patch.object(report, "write_report", lambda runs, out=None: Path(folder)):
+        create_training_pipeline(
+            Network(),
+            Digits(("input", "target")),
+            output_dir=folder,
+            experiment_name=f"run{steps}",
+            overwrite=True,
+            max_steps=steps,
+            batch_size=BATCH,
+            optimizer="adamw",
+            learning_rate=RATE,
+            weight_decay=0.01,
+            schedule="constant",
+            warmup_steps=0,
+            log_interval=LOG,
+            checkpoint_interval=10**6,
+            device="cpu",
+            compile=False,
+            use_amp=False,
+            progress="quiet",
+            validation_split=0.0,
+        ).run()
 
 
 def transformers(steps: int, folder: str) -> None:

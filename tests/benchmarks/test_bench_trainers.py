@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import bench_trainers
+from phase5_training import report
 
 
 @pytest.mark.parametrize("name", bench_trainers.LOOPS)
@@ -20,7 +21,9 @@ def test_each_loop_trains_the_network(name, tmp_path, monkeypatch):
         with torch.no_grad():
             return float(network.eval()(data.x, data.y)["loss"])
 
+    written = report.write_report
     before = loss(bench_trainers.Network())
     monkeypatch.setattr(bench_trainers, "Network", Kept)
     bench_trainers.LOOPS[name](30, str(tmp_path))
     assert loss(made[-1]) < before - 0.05
+    assert report.write_report is written
