@@ -67,7 +67,7 @@ def forge(steps: int, folder: str) -> None:
     from phase5_training import create_training_pipeline, report
 
     # Drawn at the end of a run, and the longer for a longer one: no part of a step.
-    with mock.patch.object(report, "write_report", lambda runs, out=None: Path(folder)):
+    with mock.patch.object(report, "write_report", return_value=Path(folder)):
         create_training_pipeline(
             Network(),
             Digits(("input", "target")),
