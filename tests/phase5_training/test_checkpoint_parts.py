@@ -71,6 +71,7 @@ def test_parts_are_read_whole(parts):
     assert state["step"] == 7
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_reads_them_too(parts):
     found = {"state.w": torch.zeros(6, 5), "state.b": torch.zeros(2, dtype=torch.int8)}
     load(found, storage_reader=HuggingFaceStorageReader(str(parts)), no_dist=True)
