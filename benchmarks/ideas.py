@@ -18,6 +18,7 @@ import torch
 
 from phase5_training.bench import run_once
 from phase5_training.contest import Contest, built_in
+from phase5_training.phases import PhaseSchedule
 from phase5_training.recipes import RECIPES, Tuned, read_tuned
 from phase5_training.records import machine
 
@@ -35,6 +36,7 @@ PHASES: dict[str, Any] = {"schedule": "phases", "warmup_steps": 10}
 def ideas(contest: Contest, tuned: Tuned) -> dict[str, dict[str, Any]]:
     """Name of an idea -> options that it changes."""
     rate, steps = tuned.options["learning_rate"], tuned.options.get("max_steps", contest.options["max_steps"])
+    peak = PhaseSchedule.acceleration_multiplier
     other = "adamw" if tuned.options["optimizer"] == "muon" else "muon"
     return {
         "forge": {},
@@ -43,8 +45,8 @@ def ideas(contest: Contest, tuned: Tuned) -> dict[str, dict[str, Any]]:
         "four times the rate": {"learning_rate": 4 * rate},
         "two thirds of the steps": {"max_steps": 2 * steps // 3},
         "cosine": {"schedule": "cosine"},
-        "phases, peak at the rate": {**PHASES, "learning_rate": rate / 5},
-        "phases, peak at twice the rate": {**PHASES, "learning_rate": rate / 2.5},
+        "phases, peak at the rate": {**PHASES, "learning_rate": rate / peak},
+        "phases, peak at twice the rate": {**PHASES, "learning_rate": 2 * rate / peak},
         "filter ademamix": {"use_grokfast": True, "filter": "ademamix"},
         "filter ema 0.9, 0.5": {"use_grokfast": True, "grokfast_alpha": 0.9, "grokfast_lambda": 0.5},
         "wider": {"model_options": {**contest.options["model_options"], **WIDTHS[contest.name]}},
@@ -74,6 +76,9 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
     }
     changes = ideas(contest, tuned)
+    unknown = [name for name in found.ideas or () if name not in changes]
+    if unknown:
+        parser.error(f"unknown idea {unknown[0]!r}; use some of {', '.join(changes)}")
     for seed in range(found.seeds):
         for name in found.ideas or changes:
             own = changes[name]

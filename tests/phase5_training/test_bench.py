@@ -180,17 +180,12 @@ class TestRecipes:
         short = {"curve": [[1, 1.0, 0.99]], "higher": True}
         assert bench.merit([short], [])[-1] == math.inf
 
-    def test_built_in_figures_are_the_best_of_the_record(self):
-        rows = [json.loads(line) for line in (RECORDS / "sweep_modular.jsonl").read_text().splitlines()]
-        for (task, name), tuned in BUILT_IN.items():
-            assert task == "modular_mul"
-            own = [r for r in rows if r["use_bitnet"] == (name == "forge") and not r["use_grokfast"]]
-            best = min(r["steps_to_target"] or math.inf for r in own)
-            key = ("optimizer", "learning_rate", "weight_decay", "schedule")
-            same = [r for r in own if all(r[k] == tuned.options[k] for k in key)]
-            assert min(r["steps_to_target"] for r in same) == best
-            assert tuned.steps == sum(r["steps"] for r in own)
-            assert tuned.trials == len(own)
+    def test_built_in_figures_are_those_of_the_record(self):
+        recorded = read_tuned(RECORDS / "tuned.jsonl")
+        for key, tuned in BUILT_IN.items():
+            found = recorded[key]
+            assert (found.options, found.steps, found.trials) == (tuned.options, tuned.steps, tuned.trials)
+            assert found.seconds == pytest.approx(tuned.seconds, abs=0.05)
 
     def test_unknown_names(self):
         with pytest.raises(UsageError, match="did you mean 'forge'"):
@@ -372,7 +367,7 @@ class TestOptions:
 
     def test_tuned_for_more_steps_than_the_cap(self, task_files, tmp_path):
         with pytest.raises(UsageError, match="tuned for 300 steps and the cap is 24"):
-            options_of(contest(task_files, tmp_path), "forge", BUILT_IN["modular_mul", "forge"])
+            options_of(contest(task_files, tmp_path), "forge", Tuned(options={"max_steps": 300}))
 
     def test_a_configuration_gives_up_what_recipes_decide(self, task_files, tmp_path):
         train, val = task_files()
