@@ -83,6 +83,8 @@ class ForgeDataLoader:
         self._hits = self._lookups = 0
         batch_bytes = prepared.row_bytes * self.config.batch_size
         self._together = max(1, min(TOGETHER_BYTES // batch_bytes, MAX_TOGETHER))
+        self._begun = False
+        self._makes_ahead = not self.config.num_workers and prepared.reads_ahead
         self._workers: DataLoader | None = None
         self._board: WorkerBoard | None = None
         self._pending = _Pending()
@@ -158,7 +160,9 @@ class ForgeDataLoader:
 
     def _portions(self, epoch: int, first: int) -> Iterator[list[np.ndarray]]:
         """The rest of an epoch in portions of batches that are read together: positions of each batch."""
-        together = 1
+        # The first batch of all is not to wait for others.
+        together = self._together if self._begun and self._makes_ahead else 1
+        self._begun = True
         while first < self._batches:
             last = first + together
             if self._order.by_blocks:
@@ -166,10 +170,19 @@ class ForgeDataLoader:
                 window = self._order.window or 1
                 last = -(-(first * self.config.batch_size + 1) // window) * window // self.config.batch_size
             last = min(last, self._batches)
-            yield [self.batch_indices(epoch, batch) for batch in range(first, last)]
+            yield self._part(epoch, first, last)
             first = last
-            if not self.config.num_workers and self._prepared.reads_ahead:
+            if self._makes_ahead:
                 together = self._together
+
+    def _part(self, epoch: int, first: int, last: int) -> list[np.ndarray]:
+        """Positions of this rank's samples of each of the batches ``first`` to ``last``."""
+        shares = [self._plan.share(batch) for batch in range(first, last)]
+        if self.config.world_size > 1:
+            return [self._order.slice(epoch, *share) for share in shares]
+        start = shares[0][0]
+        whole = self._order.slice(epoch, start, shares[-1][1])  # one after the other: looked up at once
+        return [whole[begin - start : end - start] for begin, end in shares]
 
     def _from_workers(self, order: Iterator[list[np.ndarray]]) -> Iterator[Any]:
         if self._workers is None:
