@@ -2,12 +2,17 @@
 
 import os
 import random
+import signal
 from pathlib import Path
 
 # Two test processes on two cores; must be set before torch is imported, and subprocesses inherit it.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# A suite that nohup or a shell's background runs inherits signals that are ignored; the tests send them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # A tokenizer file is read from disk or not at all.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
