@@ -23,8 +23,7 @@ from phase5_training.recipes import RECIPES, Tuned, read_tuned
 from phase5_training.records import machine
 
 RECORDS = Path(__file__).resolve().parent / "records"
-# Wider by the factor that makes the packed ternary network no larger than the float one: 32 / 2 bits a weight
-# allow four times the width; twice is what a step of the same time allows.
+# Packed at 2 bits a weight these are smaller than the float network of the task's width; a step is longer.
 WIDTHS: dict[str, dict[str, Any]] = {
     "digits": {"hidden": [1024, 1024]},
     "digits_small": {"hidden": [1024, 1024]},

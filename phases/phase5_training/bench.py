@@ -318,7 +318,7 @@ def tune_to_target(
 def merit(rows: Sequence[Row], targets: Sequence[float]) -> tuple[float, ...]:
     """What the runs of one candidate are ordered by, less is better.
 
-    For each target the share of seeds that held it is what counts, then the mean seconds it took them; last
+    For each target the number of seeds that did not hold it, then the mean seconds it took the others; last
     comes the mean held figure, infinite where a run has fewer than four evaluations.
     """
     order: list[float] = []

@@ -168,7 +168,7 @@ def keep_freed_memory(device: torch.device) -> bool:
     """Have the C library reuse the memory of freed tensors on a CPU instead of giving it back at once.
 
     By default glibc unmaps or trims what a step frees, and the next step pays a page fault for every 4 kB of
-    it: 3,500 faults a step and 10 to 14% of the time on the modular task. Tensors above 32 MB, the most that
+    it: 3,500 faults a step on the modular task (docs/findings.md). Tensors above 32 MB, the most that
     glibc lets one set, are still mapped one by one. A setting of the process; its peak does not change.
 
     Returns:
