@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library
-from torch.autograd.function import once_differentiable
 
 from phase4_bitnet import native
+from phase4_bitnet.first_order import first_order_only
 from phase4_bitnet.int8_linear import NATIVE_DTYPES
 
 # Widest head that the native kernel takes; it works in vectors of 16.
@@ -67,7 +67,7 @@ class _NativeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *grads: Any) -> Any:
         return torch.ops.forge.causal_attention_backward(grads[0], *ctx.saved_tensors), None, None
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from phase4_bitnet.first_order import first_order_only
 from phase4_bitnet.int8_linear import int8_linear, int8_linear_backward, int8_pays, quantize_input
 from phase4_bitnet.rms_norm import RMSNorm, native_rms_norm, rms_norm
 from phase4_bitnet.sharding import GatheredCodes, int8_codes
@@ -74,7 +74,7 @@ class _Int8Linear(torch.autograd.Function):
         return int8_linear(rows, row_scale, int8_codes(codes, latent.shape), scale, out_dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *grads: Any) -> Any:
         (grad,) = grads
         rows, row_scale, codes, scale, *of_norm = ctx.saved_tensors

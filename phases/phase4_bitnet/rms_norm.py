@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, library, nn
-from torch.autograd.function import once_differentiable
 
 from phase4_bitnet import native
+from phase4_bitnet.first_order import first_order_only
 from phase4_bitnet.int8_linear import NATIVE_DTYPES
 
 
@@ -78,7 +78,7 @@ class _NativeRMSNorm(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *grads: Any) -> Any:
         x, gain, inverse = ctx.saved_tensors
         grad_x, grad_gain = torch.ops.forge.rms_norm_backward(

@@ -180,14 +180,6 @@ def test_int8_backward_keeps_small_gradients(size):
     assert relative_error(layer.weight.grad, bitnet.linear_backward(grad.numpy(), x_hat, w_hat)[1]) < 2e-2
 
 
-def test_a_second_derivative_is_refused():
-    layer = make_layer()
-    x = torch.randn(4, 24, requires_grad=True)
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
-
 def test_stochastic_mode_draws_in_training_and_not_in_evaluation():
     layer = make_layer(quantization_mode="stochastic")
     x = torch.randn(4, 24)
