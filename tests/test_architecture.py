@@ -49,7 +49,15 @@ SUPPORT = {
 }
 PHASE4_LEAVES = {
     f"phase4_bitnet.{name}"
-    for name in ("durable_folder", "first_order", "int8_matmul", "native", "native.build", "packing", "ternary")
+    for name in (
+        "durable_folder",
+        "first_order",
+        "int8_matmul",
+        "native",
+        "native.build",
+        "packing",
+        "ternary",
+    )
 }
 FACTORY = f"{P5}.factory"
 # What may know the factory: the package's public face, the command line, and whole programs built on it.

@@ -18,8 +18,8 @@ class _NotTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            "a second derivative goes through a native product, norm or attention of phase4_bitnet, which has "
-            "none; leave gradient penalties and Hessian products out, or apply them to float layers only"
+            "a second derivative goes through a native product, norm or attention of phase4_bitnet; those "
+            "have none; leave gradient penalties and Hessian products out, or apply them to float layers only"
         )
 
 

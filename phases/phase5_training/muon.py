@@ -102,7 +102,14 @@ def orthogonalize(
 
     Returns:
         (m, m) and (m, n); the result is their product.
+
+    Raises:
+        ValueError: no steps.
     """
+    if steps < 1:
+        raise ValueError(
+            f"ns_steps={steps} leaves Muon no iteration; use 5, its default, or SGD with momentum for none"
+        )
     a, b, c = coefficients
     gram = x @ x.t()
     # The trace of the Gram matrix is the squared norm of x.

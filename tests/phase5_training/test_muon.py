@@ -43,6 +43,14 @@ def test_steps_are_torchs_to_its_bfloat16(shape):
     assert np.linalg.norm(ours - theirs) < 0.03 * moved
 
 
+def test_no_iteration_is_refused_in_one_line():
+    p = torch.nn.Parameter(torch.zeros(3, 4))
+    p.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match=r"^ns_steps=0 .*; use 5, its default.*none$"):
+        Muon([p], ns_steps=0).step()
+    assert not p.any()
+
+
 @pytest.mark.parametrize("classes", [(Muon, torch.optim.Muon), (torch.optim.Muon, Muon)])
 def test_state_loads_either_way(classes):
     series, weight = gradients((6, 9), 6), gradients((6, 9), 1, seed=1)[0]
