@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from phase5_training.bench import bench, figure_or_recipe, tune_to_target
+from phase5_training.bench import bench, figure_or_recipe
+from phase5_training.bench_tuning import tune_to_target
 from phase5_training.contest import built_in
 from phase5_training.recipes import BUILT_IN, RECIPES, TASKS, chosen_recipes, read_tuned
 

@@ -10,19 +10,23 @@ half of the validation data that chose nothing. The teacher's own training is in
 
 import argparse
 import copy
-import sys
 import time
 from pathlib import Path
 
-import orjson
-import torch
 from torch import nn
 
 from phase5_training import create_training_pipeline
-from phase5_training.bench import figure_of, halves_of, quality
+from phase5_training.bench_run import (
+    append,
+    circumstances,
+    figure_of,
+    halves_of,
+    precision_of,
+    quality,
+    warm_up,
+)
 from phase5_training.contest import Contest, built_in, options_of
-from phase5_training.recipes import TASKS, read_tuned
-from phase5_training.records import machine
+from phase5_training.recipes import RECIPES, TASKS, read_tuned
 
 RECORDS = Path(__file__).resolve().parent / "records"
 
@@ -41,7 +45,7 @@ def train(
     figure, _ = figure_of(pipeline)
     return (
         {"figure": figure, "reported": quality(pipeline, reported)[figure], "steps": result.metrics["steps"],
-         "seconds": seconds},
+         "seconds": seconds, "precision": precision_of(pipeline), "compiled": pipeline.resolved.compile},
         pipeline.model,
     )  # fmt: skip
 
@@ -52,7 +56,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits", "python_text"])
-    parser.add_argument("--teacher", default="float_muon", help="recipe of the teacher")
+    parser.add_argument("--teacher", choices=RECIPES, default="float_muon", help="recipe of the teacher")
     parser.add_argument(
         "--alpha", nargs="+", type=float, default=[0.5, 0.9], help="shares of the teacher's loss"
     )
@@ -63,16 +67,15 @@ def main() -> None:
     parser.add_argument("--output-dir", default="runs")
     found = parser.parse_args()
     tuned = read_tuned(found.tuned)
-    about = {
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "command": " ".join(["python", *sys.argv]),
-    }
+    about = circumstances()
     for name in found.task:
         contest = built_in(name, found.output_dir)
-        of_teacher, of_student = (
-            options_of(contest, recipe, tuned[name, recipe]) for recipe in (found.teacher, "forge")
-        )
+        for recipe in (found.teacher, "forge"):
+            if (name, recipe) not in tuned:
+                parser.error(f"no figures for {recipe!r} on {name!r} in {found.tuned}; tune it first")
+        recipes = [(RECIPES[recipe], tuned[name, recipe]) for recipe in (found.teacher, "forge")]
+        of_teacher, of_student = (options_of(contest, recipe, figures) for recipe, figures in recipes)
+        warm_up(contest, recipes)
         for seed in range(found.seeds):
             row, teacher = train(contest, of_teacher, seed, f"teacher-{seed}")
             rows = [{"who": found.teacher, "alpha": None, **row}]
@@ -86,8 +89,7 @@ def main() -> None:
             for row in rows:
                 whole = {"task": name, "seed": seed, "temperature": found.temperature, **row, **about}
                 print({key: whole[key] for key in ("task", "seed", "who", "alpha", "reported", "seconds")})
-                with found.record.open("ab") as file:
-                    file.write(orjson.dumps(whole) + b"\n")
+                append(found.record, whole)
 
 
 if __name__ == "__main__":

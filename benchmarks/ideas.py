@@ -8,19 +8,14 @@ weights on the reported half, and the seconds of the whole run. Teachers are in 
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-import torch
-
-from phase5_training.bench import run_once
+from phase5_training.bench_run import append, circumstances, run_once, warm_up
 from phase5_training.contest import Contest, built_in
 from phase5_training.phases import PhaseSchedule
 from phase5_training.recipes import RECIPES, Tuned, read_tuned
-from phase5_training.records import machine
 
 RECORDS = Path(__file__).resolve().parent / "records"
 # Packed at 2 bits a weight these are smaller than the float network of the task's width; a step is longer.
@@ -69,28 +64,24 @@ def main() -> None:
     found = parser.parse_args()
     contest = built_in(found.task, found.output_dir)
     tuned = read_tuned(found.tuned)[found.task, "forge"]
-    about = {
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "command": " ".join(["python", *sys.argv]),
-    }
+    about = circumstances()
     changes = ideas(contest, tuned)
     unknown = [name for name in found.ideas or () if name not in changes]
     if unknown:
         parser.error(f"unknown idea {unknown[0]!r}; use some of {', '.join(changes)}")
+    warm_up(contest, [(RECIPES["forge"], tuned)])
     for seed in range(found.seeds):
         for name in found.ideas or changes:
             own = changes[name]
             # What tuning found goes before the options of a recipe, so a change is put into both.
             base = RECIPES["forge"]
-            RECIPES[name] = replace(base, title=name, options={**base.options, **own})
+            recipe = replace(base, title=name, options={**base.options, **own})
             known = {*tuned.options, "max_steps"}
             options = {k: v for k, v in {**tuned.options, **own}.items() if k in known}
-            row = run_once(contest, name, replace(tuned, options=options), seed)
+            row = run_once(contest, name, recipe, replace(tuned, options=options), seed)
             row |= {"kind": "idea", "idea": name, "changes": own, **about}
             print(f"seed {seed}, {name}: {row['test']}, {row['seconds']:.1f} s {row['error']}", flush=True)
-            with found.record.open("ab") as file:
-                file.write(orjson.dumps({k: v for k, v in row.items() if k not in ("run", "recipe")}) + b"\n")
+            append(found.record, {k: v for k, v in row.items() if k != "recipe"})
 
 
 if __name__ == "__main__":

@@ -61,7 +61,10 @@ PHASE4_LEAVES = {
 }
 FACTORY = f"{P5}.factory"
 # What may know the factory: the package's public face, the command line, and whole programs built on it.
-ABOVE_FACTORY = {P5, *(f"{P5}.{name}" for name in ("__main__", "bench", "cli", "commands", "demo"))}
+ABOVE_FACTORY = {
+    P5,
+    *(f"{P5}.{name}" for name in ("__main__", "bench", "bench_run", "cli", "commands", "demo")),
+}
 CLI = f"{P5}.cli"
 MAY_IMPORT_CLI = {f"{P5}.__main__"}
 

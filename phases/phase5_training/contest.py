@@ -8,7 +8,8 @@ from typing import Any
 
 from phase5_training.config import TrainingConfig, load_yaml, parse_config
 from phase5_training.errors import UsageError, nearest_match
-from phase5_training.recipes import RECIPES, TASKS, BenchTask, Tuned
+from phase5_training.hardware import resolve_amp, resolve_device
+from phase5_training.recipes import TASKS, BenchTask, Recipe, Tuned
 from phase5_training.tasks import load_task
 
 Options = dict[str, Any]
@@ -35,7 +36,7 @@ class Contest:
 
     Args:
         name: of the task or configuration.
-        options: of every run: model, data, batch, length, evaluations.
+        options: of every run: model, data, batch, length, evaluations, precision.
         targets: see :class:`phase5_training.recipes.BenchTask`.
         folder: holds the data, the runs and the report.
         task: the built-in task, None for a configuration of the user's.
@@ -68,7 +69,7 @@ def built_in(name: str, output_dir: str = "runs", **changes: Any) -> Contest:
     train, validation = load_task(task.task, **task.task_options).write(folder / "data", form)
     data = {"train_data_path": str(train), "val_data_path": str(validation)}
     # max_steps ends a run; the pipeline takes whichever comes first.
-    options = {**task.options, **data, "epochs": 1_000_000, **changes}
+    options = in_one_precision({**task.options, **data, "epochs": 1_000_000, **changes})
     return Contest(name=name, options=options, targets=task.targets, folder=folder, task=task)
 
 
@@ -90,19 +91,30 @@ def from_config(path: str, output_dir: str = "runs", **changes: Any) -> Contest:
             f"{path} has max_seconds and no max_steps; tuning takes a tenth of max_steps, give it"
         )
     options = {key: value for key, value in {**values, **changes}.items() if key not in _OF_RECIPES}
+    options = in_one_precision(options)
     name = Path(path).stem
     return Contest(name=name, options=options, targets=("float",), folder=Path(output_dir) / f"bench-{name}")
 
 
-def options_of(contest: Contest, name: str, tuned: Tuned | None) -> Options:
+def in_one_precision(options: Options) -> Options:
+    """The options with ``use_amp`` settled: bf16 where it is the faster one here, else float32.
+
+    "auto" is a measurement, which would be made again by every run: two runs of one comparison might train in
+    different precisions. A recipe that names its own (``float_bf16``) keeps it.
+    """
+    device = resolve_device(options.get("device", "auto"))
+    use_amp, _ = resolve_amp(options.get("use_amp", "auto"), options.get("amp_dtype", "auto"), device)
+    return {**options, "use_amp": use_amp}
+
+
+def options_of(contest: Contest, recipe: Recipe, tuned: Tuned | None) -> Options:
     """The options of a run: the contest's, the recipe's, and what tuning found for it."""
-    recipe = RECIPES[name]
     # Whether the filter is on is the recipe's own affair.
     found = {k: v for k, v in (tuned.options if tuned else {}).items() if k not in _FILTER_OPTIONS}
     cap = contest.options.get("max_steps")
     if cap and found.get("max_steps", cap) > cap:
         raise UsageError(
-            f"recipe {name!r} was tuned for {found['max_steps']} steps and the cap is {cap}; raise the cap"
+            f"{recipe.title!r} was tuned for {found['max_steps']} steps and the cap is {cap}; raise the cap"
         )
     own = {**_COMMON, **recipe.options, **found}
     # A schedule comes with its lengths, or with none.

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import bench_time_to_target
-from phase5_training import bench
+from phase5_training import bench_tuning
 from phase5_training.recipes import read_tuned
 
 
@@ -14,7 +14,7 @@ from phase5_training.recipes import read_tuned
 def script(tmp_path, monkeypatch):
     """Call the script on the wines with a short grid; gives its record's rows."""
     tried = [{"learning_rate": r, "weight_decay": 0.1, "schedule": "constant"} for r in (1e-6, 0.02)]
-    monkeypatch.setattr(bench, "grid", lambda recipe, task: tried)
+    monkeypatch.setattr(bench_tuning, "grid", lambda recipe, task: tried)
     monkeypatch.setattr("phase5_training.report.write_report", lambda runs, output=None: tmp_path)
     names = {"tuned": "tuned.jsonl", "record": "r.jsonl", "output-dir": "runs"}
     places = {flag: tmp_path / name for flag, name in names.items()}

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from phase5_training import UsageError, bench
+from phase5_training import TrainingPipeline, UsageError, bench, bench_run, bench_tuning, hardware
 from phase5_training.bench_summary import comparison_rows, held_level, quartiles, summaries, time_to
 from phase5_training.cli import main
 from phase5_training.contest import Contest, built_in, from_config, options_of
+from phase5_training.errors import RunFailed
 from phase5_training.recipes import (
     ATTRIBUTION,
     BUILT_IN,
@@ -168,17 +169,17 @@ class TestRecipes:
         fast = row("more steps, fewer seconds", 1.0, [0.2, 0.2, 0.9, 0.9, 0.9, 0.9])
         good = row("best, not held soonest", 9.0, [0.99] * 4)
         rows = [slow, fast, good]
-        assert min(rows, key=lambda row: bench.merit([row], [0.9])) is fast
-        assert min(rows, key=lambda row: bench.merit([row], [0.999])) is good
+        assert min(rows, key=lambda row: bench_tuning.merit([row], [0.9])) is fast
+        assert min(rows, key=lambda row: bench_tuning.merit([row], [0.999])) is good
 
     def test_a_candidate_that_holds_on_more_seeds_is_better_than_a_sooner_one(self):
         held = {"curve": [[i, 9.0 * i, 0.95] for i in range(1, 5)], "higher": True}
         lucky = {"curve": [[i, 1.0 * i, 0.95] for i in range(1, 5)], "higher": True}
         never = {"curve": [[i, 1.0 * i, 0.2] for i in range(1, 5)], "higher": True}
-        assert bench.merit([held, held], [0.9]) < bench.merit([lucky, never], [0.9])
-        assert bench.merit([lucky, lucky], [0.9]) < bench.merit([held, held], [0.9])
+        assert bench_tuning.merit([held, held], [0.9]) < bench_tuning.merit([lucky, never], [0.9])
+        assert bench_tuning.merit([lucky, lucky], [0.9]) < bench_tuning.merit([held, held], [0.9])
         short = {"curve": [[1, 1.0, 0.99]], "higher": True}
-        assert bench.merit([short], [])[-1] == math.inf
+        assert bench_tuning.merit([short], [])[-1] == math.inf
 
     def test_built_in_figures_are_those_of_the_record(self):
         recorded = read_tuned(RECORDS / "tuned.jsonl")
@@ -196,7 +197,7 @@ class TestRecipes:
 
     def test_tuned_figures_come_back_from_a_record(self, tmp_path):
         tuned = Tuned(options={"learning_rate": 0.1}, steps=5, seconds=1.5, trials=2, source="here")
-        row = {"kind": "tuned", **bench.tuned_row("digits", "float", tuned)}
+        row = {"kind": "tuned", **bench_tuning.tuned_row("digits", "float", tuned)}
         (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"kind": "run"}) + "\n")
         (found,) = read_tuned(tmp_path / "t.jsonl").items()
         assert found[0] == ("digits", "float")
@@ -253,6 +254,7 @@ class TestRuns:
             assert (row["test"] * 35) == pytest.approx(round(row["test"] * 35), abs=1e-4)
             assert (row["best"] * 36) == pytest.approx(round(row["best"] * 36), abs=1e-4)
             assert row["best"] == max(f for _, _, f in row["curve"])
+            assert (row["precision"], row["compiled"]) == ("float32", False)
         same = [r["curve"][0][2] for r in runs if r["recipe"] == "float"]
         assert len(same) == 2
         summary = [row for row in rows if row["kind"] == "summary"]
@@ -267,7 +269,7 @@ class TestRuns:
 
     def test_a_run_stops_when_the_target_is_held(self, task_files, tmp_path, no_report):
         own = contest(task_files, tmp_path, max_steps=600)
-        row = bench.run_once(own, "float", FIGURES["wine", "float"], 0, [0.9])
+        row = bench_run.run_once(own, "float", RECIPES["float"], FIGURES["wine", "float"], 0, [0.9])
         step, seconds = time_to(row["curve"], 0.9, higher=True)
         assert row["steps"] == step + 9 < 600
         assert 0 < seconds < row["seconds"]
@@ -276,15 +278,15 @@ class TestRuns:
         self, task_files, tmp_path, no_report, monkeypatch
     ):
         seen = {}
-        real = bench.quality
+        real = bench_run.quality
 
         def kept(pipeline, loader):
             seen["model"], seen["figures"] = pipeline, real(pipeline, loader)
             return seen["figures"]
 
-        monkeypatch.setattr(bench, "quality", kept)
+        monkeypatch.setattr(bench_run, "quality", kept)
         own = contest(task_files, tmp_path)
-        bench.run_once(own, "float", FIGURES["wine", "float"], 0)
+        bench_run.run_once(own, "float", RECIPES["float"], FIGURES["wine", "float"], 0)
         data = np.load(own.options["val_data_path"])
         inputs, targets = torch.from_numpy(data["inputs"]), data["targets"]
         batches = [np.arange(i, min(i + 32, len(targets))) for i in range(0, len(targets), 32)]
@@ -297,17 +299,63 @@ class TestRuns:
         own = contest(task_files, tmp_path)
         models = []
         for name in ("float", "naive", "forge"):
-            options = options_of(own, name, FIGURES["wine", name])
-            models.append(bench.make_pipeline(own, name, options, 3, name).setup().model.state_dict())
+            options = options_of(own, RECIPES[name], FIGURES["wine", name])
+            pipeline = bench_run.make_pipeline(own, RECIPES[name], options, 3, name)
+            models.append(pipeline.setup().model.state_dict())
         for model in models[1:]:
             assert all(torch.equal(model[key], value) for key, value in models[0].items())
 
     def test_without_figures_a_recipe_is_tuned_for_a_tenth(self, task_files, tmp_path, no_report):
         own = contest(task_files, tmp_path, max_steps=600)
-        tuned = bench.tune_once(own, "float", 0)
+        tuned = bench_tuning.tune_once(own, "float", 0)
         assert 0 < tuned.steps <= 60
         assert tuned.options["optimizer"] == "adamw"
-        assert options_of(own, "float", tuned)["learning_rate"] == tuned.options["learning_rate"]
+        assert options_of(own, RECIPES["float"], tuned)["learning_rate"] == tuned.options["learning_rate"]
+
+    def test_every_recipe_is_warm_before_the_first_clock(self, task_files, tmp_path, no_report, monkeypatch):
+        """What is imported or compiled once must not be paid by whichever recipe goes first."""
+        own, order = contest(task_files, tmp_path / "runs"), []
+        make = bench_run.make_pipeline
+
+        def kept(contest, recipe, options, seed, run):
+            pipeline = make(contest, recipe, options, seed, run)
+            row = [recipe.title, run, 0]
+            order.append(row)
+            pipeline.register_callback("step_end", lambda step, _: row.__setitem__(2, step))
+            return pipeline
+
+        monkeypatch.setattr(bench_run, "make_pipeline", kept)
+        bench.bench(own, ["plain", "forge"], [0], tuned=FIGURES, record=tmp_path / "r.jsonl", quiet=True)
+        plain, forge = RECIPES["plain"].title, RECIPES["forge"].title
+        assert [(title, run) for title, run, _ in order] == [
+            (plain, "warm-up"), (forge, "warm-up"), (plain, "plain-seed0"), (forge, "forge-seed0"),
+        ]  # fmt: skip
+        assert [steps for *_, steps in order] == [3, 3, 24, 24]
+        folders = {path.name for path in own.folder.iterdir() if path.is_dir()}
+        assert folders == {"forge-seed0", "plain-seed0"}
+        recorded = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+        assert len([row for row in recorded if row["kind"] == "run"]) == 2
+
+    def test_when_every_run_fails_early_the_rows_stay_and_one_line_says_so(
+        self, task_files, tmp_path, no_report, monkeypatch, capsys
+    ):
+        def setup(pipeline):
+            raise RunFailed("no room")
+
+        monkeypatch.setattr(TrainingPipeline, "setup", setup)
+        record = tmp_path / "r.jsonl"
+        found = bench.bench(
+            contest(task_files, tmp_path), ["plain", "forge"], [0, 1], tuned=FIGURES, record=record
+        )
+        assert found["report"] is None
+        rows = [json.loads(line) for line in record.read_text().splitlines()]
+        runs = [row for row in rows if row["kind"] == "run"]
+        assert [(r["error"], r["steps"], r["test"], r["precision"]) for r in runs] == [
+            ("no room", 0, None, None)
+        ] * 4
+        assert [row["failures"] for row in rows if row["kind"] == "summary"] == [2, 2]
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "no report" in line]
+        assert "each of the 4 runs failed before its first step (no room)" in line
 
     def test_no_reported_seed_is_tuned_on(self, task_files, tmp_path, no_report, monkeypatch):
         own, tuned_on = contest(task_files, tmp_path), []
@@ -325,14 +373,14 @@ class TestRuns:
         own = contest(task_files, tmp_path)
         own = Contest(**{**vars(own), "task": replace(TASKS["wine"], delayed=True)})
 
-        def run_once(contest, name, tuned, seed, stop_at):
+        def run_once(contest, name, recipe, tuned, seed, stop_at):
             return run_row(name, seed, [0.95] * (1 if seed == 2 else 4))
 
-        monkeypatch.setattr(bench, "run_once", run_once)
-        assert bench.tune_to_target(own, "float", 0).options == grid(RECIPES["float"], own.task)[0]
-        monkeypatch.setattr(bench, "run_once", lambda *_: run_row("float", 0, [0.95]))
+        monkeypatch.setattr(bench_tuning, "run_once", run_once)
+        assert bench_tuning.tune_to_target(own, "float", 0).options == grid(RECIPES["float"], own.task)[0]
+        monkeypatch.setattr(bench_tuning, "run_once", lambda *_: run_row("float", 0, [0.95]))
         with pytest.raises(UsageError, match="no run of the grid has four evaluations"):
-            bench.tune_to_target(own, "float", 0)
+            bench_tuning.tune_to_target(own, "float", 0)
 
     def test_a_grid_of_whole_runs(self, task_files, tmp_path, no_report, monkeypatch):
         own = contest(task_files, tmp_path)
@@ -340,12 +388,13 @@ class TestRuns:
         tried = [
             {"learning_rate": rate, "weight_decay": 0.0, "schedule": "constant"} for rate in (1e-6, 0.02)
         ]
-        monkeypatch.setattr(bench, "grid", lambda recipe, task: tried)
+        monkeypatch.setattr(bench_tuning, "grid", lambda recipe, task: tried)
         record = tmp_path / "tuned.jsonl"
-        tuned = bench.tune_to_target(own, "float", 0, record)
+        tuned = bench_tuning.tune_to_target(own, "float", 0, record)
         assert tuned.options == tried[1]
         rows = [json.loads(line) for line in record.read_text().splitlines()]
         assert [row["kind"] for row in rows] == [*["candidate"] * 6, "tuned"]
+        assert all({"machine", "threads", "command", "precision", "compiled"} <= {*row} for row in rows[:-1])
         # Each on one seed, then the best few, here both, on two more; the best goes first.
         assert [row["seed"] for row in rows[:-1]] == [0, 0, 1, 2, 1, 2]
         assert [row["tried"] for row in rows[2:4]] == [tried[1]] * 2
@@ -354,20 +403,32 @@ class TestRuns:
 
 
 class TestOptions:
+    @pytest.mark.parametrize("bf16_is_faster", [True, False])
+    def test_one_precision_for_all_recipes_measured_once(self, tmp_path, monkeypatch, bf16_is_faster):
+        asked = []
+        monkeypatch.setattr(hardware, "bf16_is_faster_on_this_cpu", lambda: asked.append(1) or bf16_is_faster)
+        own = built_in("wine", str(tmp_path), device="cpu")
+        assert {options_of(own, RECIPES[name], None)["use_amp"] for name in SIDE_BY_SIDE} == {bf16_is_faster}
+        assert options_of(own, RECIPES["float_bf16"], None)["use_amp"] is True
+        assert len(asked) == 1
+        assert built_in("wine", str(tmp_path), device="cpu", use_amp=False).options["use_amp"] is False
+
     def test_a_schedule_comes_with_its_own_lengths(self, task_files, tmp_path):
         own = contest(task_files, tmp_path, schedule="phases", acceleration_steps=5, early_stopping=True)
-        plain = options_of(own, "plain", None)
+        plain = options_of(own, RECIPES["plain"], None)
         assert "acceleration_steps" not in plain
         assert (plain["schedule"], plain["early_stopping"]) == ("constant", False)
-        assert options_of(own, "float_muon", None)["acceleration_steps"] == 5
+        assert options_of(own, RECIPES["float_muon"], None)["acceleration_steps"] == 5
 
     def test_the_filter_is_the_recipes_affair(self, task_files, tmp_path):
         tuned = Tuned(options={"learning_rate": 0.1, "use_grokfast": False})
-        assert options_of(contest(task_files, tmp_path), "forge_filter", tuned)["use_grokfast"] is True
+        assert (
+            options_of(contest(task_files, tmp_path), RECIPES["forge_filter"], tuned)["use_grokfast"] is True
+        )
 
     def test_tuned_for_more_steps_than_the_cap(self, task_files, tmp_path):
         with pytest.raises(UsageError, match="tuned for 300 steps and the cap is 24"):
-            options_of(contest(task_files, tmp_path), "forge", Tuned(options={"max_steps": 300}))
+            options_of(contest(task_files, tmp_path), RECIPES["forge"], Tuned(options={"max_steps": 300}))
 
     def test_a_configuration_gives_up_what_recipes_decide(self, task_files, tmp_path):
         train, val = task_files()
@@ -399,7 +460,7 @@ class TestHalves:
     @pytest.mark.parametrize("sizes", [(4, 4, 3), (8, 1), (5,)])
     def test_nothing_is_in_both_and_nothing_is_lost(self, in_order, sizes):
         loader = self.Loader(self.batches(sizes))
-        watched, reported = bench.halves(loader, in_order=in_order)
+        watched, reported = bench_run.halves(loader, in_order=in_order)
         left, right = ([int(i) for b in half for i in b["index"]] for half in (watched, reported))
         assert sorted(left + right) == list(range(sum(sizes)))
         assert not set(left) & set(right)
@@ -410,7 +471,7 @@ class TestHalves:
     def test_too_little_to_halve(self):
         for loader in (None, self.Loader(self.batches([1]))):
             with pytest.raises(UsageError, match="cannot be halved"):
-                bench.halves(loader, in_order=False)
+                bench_run.halves(loader, in_order=False)
 
 
 @pytest.mark.parametrize(
