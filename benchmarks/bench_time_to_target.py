@@ -7,7 +7,7 @@
 A recipe without figures in the tuned file is tuned first, by whole runs over the same number of rates and
 decays for every recipe, on seeds that come after those that are reported, and its figures and their cost are
 added to that file. The steps and seconds of that stand in a column of their own. With --tune the first seed
-is that of the tuning: give one that will not be reported.
+is that of the tuning: give one that will not be reported, since a seed that was tuned on is refused later.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from phase5_training import bench_summary
+from phase5_training import bench_summary, bench_tables
 from phase5_training.bench_run import append, circumstances, run_once, warm_up
 from phase5_training.bench_tuning import tune_once, tuned_row
 from phase5_training.contest import Contest, built_in, from_config
@@ -122,7 +122,7 @@ def bench(
         "runs", "summaries" and the path of the "report", None where every run failed before it had a folder.
 
     Raises:
-        UsageError: a target names a recipe that is not run.
+        UsageError: a target names a recipe that is not run, or a recipe was tuned on one of the seeds.
     """
     targets = tuple(targets) or contest.targets
     for target in targets:
@@ -133,6 +133,9 @@ def bench(
     # A file or pipe has no width; folded into 80 columns the table cannot be read.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     known = {**BUILT_IN, **(tuned or {})}
+    for name in dict.fromkeys(RECIPES[name].tuned_as for name in recipes):
+        if (contest.name, name) in known:
+            _refuse_tuning_seeds(name, known[contest.name, name], seeds)
     figures_to_hold = [target for target in targets if not isinstance(target, str)]
     # What another run will have held is not known before it has run.
     stop_at = figures_to_hold if not full and len(figures_to_hold) == len(targets) else []
@@ -158,12 +161,12 @@ def bench(
     rows = bench_summary.summaries(runs, targets)
     for row in rows:
         append(record, {**row, **about})
-    console.print(bench_summary.result_table(rows))
-    attribution = bench_summary.attribution_table(rows)
+    console.print(bench_tables.result_table(rows))
+    attribution = bench_tables.attribution_table(rows)
     if attribution is not None:
         console.print(attribution)
-    for note in bench_summary.cap_notes(rows):
-        console.print(f"cap: {note}")
+    for note in bench_tables.notes(rows):
+        console.print(f"  {note}", soft_wrap=True)
     report = write_bench_report(contest, runs, rows)
     if report is None:
         console.print(
@@ -186,12 +189,21 @@ def write_bench_report(contest: Contest, runs: Sequence[Row], rows: Sequence[Row
         return None
     own = ([run for run in begun if run["recipe"] == "forge"] or begun)[-1]
     directory = RunDirectory(own["run"])
-    compared = bench_summary.comparison_rows(runs, rows)
+    compared = bench_tables.comparison_rows(runs, rows)
     title = RECIPES[own["recipe"]].title
     # The report's own run comes first.
     compared.sort(key=lambda row: row["name"] != title)
     directory.write_result({**(directory.read_result() or {}), "comparison": compared})
     return write_report([directory.path], contest.folder / "report.html")
+
+
+def _refuse_tuning_seeds(name: str, tuned: Tuned, seeds: Sequence[int]) -> None:
+    both = sorted({*seeds} & {*tuned.seeds})
+    if both:
+        raise UsageError(
+            f"{RECIPES[name].title} was tuned on seed {both[0]} ({tuned.source}), which is to be reported; "
+            f"take seeds that chose nothing, --first-seed {max(*seeds, *tuned.seeds) + 1}"
+        )
 
 
 def _told(row: Row, targets: Sequence[float | str]) -> str:

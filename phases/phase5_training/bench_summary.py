@@ -11,12 +11,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
-
-from phase5_training.recipes import ATTRIBUTION, RECIPES
+from phase5_training.recipes import RECIPES
 
 HELD = 4  # the evaluation that meets the target, and the next three
 BASELINES = ("float", "float_muon")
+_CAPS = ("max_steps", "max_seconds")
 
 Row = dict[str, Any]
 Curve = Sequence[Sequence[float]]  # rows of (step, seconds, figure)
@@ -95,18 +94,27 @@ def summaries(runs: Sequence[Row], targets: Sequence[float | str]) -> list[Row]:
     """One row per target and recipe.
 
     Args:
-        runs: rows of :func:`phase5_training.bench.run_once`, of one task.
-        targets: figures, or names of recipes whose held figure on the same seed is the target.
+        runs: rows of :func:`phase5_training.bench_run.run_once`, of one task.
+        targets: figures, or names of recipes whose held figure on the same seed is the target. A seed on
+            which that recipe held nothing has no target and counts for nobody ("without_target").
     """
     names = list(dict.fromkeys(run["recipe"] for run in runs))
     rows = []
     for target in targets:
-        reached = {(run["recipe"], run["seed"]): _reached(run, target, runs) for run in runs}
+        levels = _levels(runs, target)
+        reached = {
+            (run["recipe"], run["seed"]): (run, time_to(run["curve"], level, higher=run["higher"]))
+            for run in runs
+            if (level := levels.get(run["seed"])) is not None
+        }
         for name in names:
             own = [run for run in runs if run["recipe"] == name]
             # A run that failed before its data were known does not say what it is judged by.
             judged = next((run for run in runs if run["figure"]), own[0])
-            times = [reached[name, run["seed"]] for run in own]
+            held = [reached[name, run["seed"]] for run in own if (name, run["seed"]) in reached]
+            seconds = quartiles(time and time[1] for _, time in held)
+            tuning = own[0]["tuning_seconds"]
+            errors = [run["error"] for run in own if run["error"]]
             rows.append(
                 {
                     "kind": "summary",
@@ -116,148 +124,57 @@ def summaries(runs: Sequence[Row], targets: Sequence[float | str]) -> list[Row]:
                     "recipe": name,
                     **RECIPES[name].factors,
                     "seeds": len(own),
-                    "failures": times.count(None),
-                    "capped": sum(r["stop_reason"] in ("max_steps", "max_seconds") for r in own),
+                    "without_target": len(own) - len(held),
+                    "failures": sum(time is None for _, time in held),
+                    "capped": sum(time is None and run["stop_reason"] in _CAPS for run, time in held),
                     "caps": {key: own[0][key] for key in ("cap_steps", "cap_seconds")},
-                    "steps": quartiles(t and t[0] for t in times),
-                    "seconds": quartiles(t and t[1] for t in times),
+                    "errors": len(errors),
+                    "error": errors[0] if errors else "",
+                    "stopped": sum(run["stop_reason"] == "interrupted" for run in own),
+                    "precision": sorted({run["precision"] for run in own} - {None}),
+                    "compiled": sorted({run["compiled"] for run in own} - {None}),
+                    "steps": quartiles(time and time[0] for _, time in held),
+                    "seconds": seconds,
+                    "seconds_with_tuning": None if None in (seconds[1], tuning) else seconds[1] + tuning,
                     "whole_seconds": quartiles(run["seconds"] for run in own),
                     "tuning_steps": own[0]["tuning_steps"],
-                    "tuning_seconds": own[0]["tuning_seconds"],
+                    "tuning_seconds": tuning,
                     "test": figure_quartiles((run["test"] for run in own), higher=judged["higher"]),
                     "watched": figure_quartiles((run["best"] for run in own), higher=judged["higher"]),
-                    **{f"ratio_{base}": _ratios(reached, name, base, own) for base in BASELINES},
+                    **_ratios(reached, name),
                 }
             )
     return rows
 
 
-def _reached(run: Row, target: float | str, runs: Sequence[Row]) -> tuple[int, float] | None:
-    if isinstance(target, str):
-        other = next((r for r in runs if (r["recipe"], r["seed"]) == (target, run["seed"])), None)
-        level = held_level(other["curve"], higher=other["higher"]) if other else None
-    else:
-        level = target
-    return None if level is None else time_to(run["curve"], level, higher=run["higher"])
+def _levels(runs: Sequence[Row], target: float | str) -> dict[int, float]:
+    """Seed -> the figure to reach there."""
+    if not isinstance(target, str):
+        return {run["seed"]: target for run in runs}
+    found = {r["seed"]: held_level(r["curve"], higher=r["higher"]) for r in runs if r["recipe"] == target}
+    return {seed: level for seed, level in found.items() if level is not None and math.isfinite(level)}
 
 
-def _ratios(
-    reached: Mapping[tuple[str, int], tuple[int, float] | None], name: str, base: str, own: Sequence[Row]
-) -> list[float | None] | None:
-    """Quartiles over the seeds of seconds / those of a baseline; None without the baseline."""
-    pairs = [(reached[name, r["seed"]], reached.get((base, r["seed"]))) for r in own]
-    # Where the baseline never came there is no ratio; where only this one did not, it is infinite.
-    found = [mine[1] / theirs[1] if mine else None for mine, theirs in pairs if theirs]
-    return quartiles(found) if found else None
+def _ratios(reached: Mapping[tuple[str, int], tuple[Row, tuple[int, float] | None]], name: str) -> Row:
+    """For each baseline: quartiles over the seeds of seconds / its seconds, and how many are bounds.
 
-
-def result_table(rows: Sequence[Row]) -> Table:
-    """Recipes side by side, one line per target."""
-    first = rows[0]
-    table = Table(
-        title=f"{first['task']}: {first['figure']}, targets held for {HELD} evaluations; quartiles over seeds"
-    )
-    heads = ("recipe", "target", "reached", "steps", "seconds", "/ float", "/ float Muon", "tuning steps",
-             "tuning s", f"test {first['figure']}")  # fmt: skip
-    for head in heads:
-        table.add_column(head, justify="left" if head in ("recipe", "target") else "right")
-    for row in rows:
-        table.add_row(
-            RECIPES[row["recipe"]].title,
-            _target(row["target"]),
-            f"{row['seeds'] - row['failures']} of {row['seeds']}",
-            _three(row["steps"], "{:.0f}"),
-            _three(row["seconds"], "{:.1f}"),
-            *(_middle(row[f"ratio_{base}"]) for base in BASELINES),
-            *_tuning(row),
-            _three(row["test"], "{:.4g}"),
-        )
-    return table
-
-
-def attribution_table(rows: Sequence[Row]) -> Table | None:
-    """Which part of the gain comes from what; None when fewer than two cells were run."""
-    cells = [row for row in rows if row["recipe"] in ATTRIBUTION]
-    if len(cells) < 2:
-        return None
-    table = Table(title="attribution: medians over seeds; untuned is the document's optimizer settings")
-    for head in ("weights", "tuned", "int8", "filter", "target", "reached", "steps", "seconds", "test"):
-        table.add_column(head)
-    for row in cells:
-        table.add_row(
-            row["weights"],
-            *("" if row[key] is None else "yes" if row[key] else "no" for key in ("tuned", "int8", "filter")),
-            _target(row["target"]),
-            f"{row['seeds'] - row['failures']} of {row['seeds']}",
-            *(_one(row[key][1], form) for key, form in (("steps", "{:.0f}"), ("seconds", "{:.1f}"))),
-            _one(row["test"][1], "{:.4g}"),
-        )
-    return table
-
-
-def cap_notes(rows: Sequence[Row]) -> list[str]:
-    """One sentence for each recipe that was stopped by a cap before it reached a target."""
-    notes = []
-    for row in rows:
-        if row["failures"] and row["capped"]:
-            steps, seconds = row["caps"]["cap_steps"], row["caps"]["cap_seconds"]
-            cap = f"{steps} steps" + (f" or {seconds:g} s" if seconds else "")
-            notes.append(
-                f"{RECIPES[row['recipe']].title}: {row['failures']} of {row['seeds']} seeds did not hold "
-                f"{_target(row['target'])} and were stopped at the cap of {cap}"
-            )
-    return notes
-
-
-def comparison_rows(runs: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """The report's comparison: a line per recipe for the first target, with the curve of its middle seed."""
-    first = rows[0]["target"]
-    found = []
-    for row in (r for r in rows if r["target"] == first):
-        own = [run for run in runs if run["recipe"] == row["recipe"]]
-        order = sorted(own, key=lambda run: run["seconds"])
-        shown = order[len(order) // 2]
-        found.append(
-            {
-                "name": RECIPES[row["recipe"]].title,
-                "weight_bits": 1.58 if shown["ternary"] else 32,
-                "optimizer": shown["options"].get("optimizer"),
-                "learning_rate": shown["options"].get("learning_rate"),
-                "weight_decay": shown["options"].get("weight_decay"),
-                "steps": shown["steps"],
-                "wall_seconds": row["whole_seconds"][1],
-                "target": first if isinstance(first, float) else None,
-                "steps_to_target": row["steps"][1],
-                "seconds_to_target": row["seconds"][1],
-                "seconds_quartiles": _three(row["seconds"], "{:.1f}"),
-                "reached": f"{row['seeds'] - row['failures']} of {row['seeds']}",
-                "tuning_steps": row["tuning_steps"],
-                "tuning_seconds": row["tuning_seconds"],
-                "test": row["test"][1],
-                "figure": row["figure"],
-                "curve": [[seconds, figure] for _, seconds, figure in shown["curve"]],
-            }
-        )
+    Where a baseline never came, its time is more than what it was watched for, and the ratio less than the
+    one with that: a bound. Where only this recipe did not come the ratio is infinite, and where neither did
+    there is none.
+    """
+    found: Row = {}
+    for base in BASELINES:
+        ratios: list[float | None] = []
+        bounds = 0
+        for (recipe, seed), (_, mine) in reached.items():
+            if recipe != name or (base, seed) not in reached:
+                continue
+            run, theirs = reached[base, seed]
+            if theirs:
+                ratios.append(mine[1] / theirs[1] if mine else None)
+            elif mine and len(run["curve"]) >= HELD:
+                # What its last evaluations met, it might have gone on to hold.
+                ratios.append(mine[1] / run["curve"][1 - HELD][1])
+                bounds += 1
+        found |= {f"ratio_{base}": quartiles(ratios) if ratios else None, f"bounds_{base}": bounds}
     return found
-
-
-def _target(target: float | str) -> str:
-    return f"held by {target}" if isinstance(target, str) else f"{target:g}"
-
-
-def _tuning(row: Row) -> tuple[str, str]:
-    if not RECIPES[row["recipe"]].tuned_as:
-        return "0", "0"
-    return _one(row["tuning_steps"], "{}", "?"), _one(row["tuning_seconds"], "{:.0f}", "?")
-
-
-def _three(values: Sequence[float | None], form: str) -> str:
-    return " / ".join(_one(v, form) for v in values)
-
-
-def _middle(values: Sequence[float | None] | None) -> str:
-    return "" if values is None else _one(values[1], "{:.2f}")
-
-
-def _one(value: float | None, form: str, missing: str = "never") -> str:
-    return missing if value is None else form.format(value)

@@ -36,6 +36,7 @@ def tune_once(contest: Contest, name: str, seed: int) -> Tuned:
         seconds=time.perf_counter() - started,
         trials=len(tuning.trials),
         source="learning_rate=auto",
+        seeds=(seed,),
     )
 
 
@@ -87,6 +88,7 @@ def tune_to_target(
         seconds=time.perf_counter() - started,
         trials=len(every),
         source="a grid of whole runs",
+        seeds=tuple(sorted({row["seed"] for row in every})),
     )
     append(record, {"kind": "tuned", **tuned_row(contest.name, name, found), **about})
     return found
@@ -119,5 +121,6 @@ def tuned_row(task: str, recipe: str, tuned: Tuned) -> Row:
         "tuning_steps": tuned.steps,
         "tuning_seconds": tuned.seconds,
         "tuning_trials": tuned.trials,
+        "tuning_seeds": list(tuned.seeds),
         "source": tuned.source,
     }

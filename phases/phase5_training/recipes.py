@@ -239,6 +239,7 @@ class Tuned:
     Args:
         options: for the run. steps, seconds: of all trials together; None where no record says.
         trials: how many there were. source: where it is recorded.
+        seeds: of the trials; none of them may be reported.
     """
 
     options: Options
@@ -246,6 +247,7 @@ class Tuned:
     seconds: float | None = None
     trials: int | None = None
     source: str = ""
+    seeds: tuple[int, ...] = ()
 
 
 _TUNED = "benchmarks/records/tuned.jsonl"
@@ -254,7 +256,8 @@ _TUNED = "benchmarks/records/tuned.jsonl"
 def _found(optimizer: str, rate: float, decay: float, steps: int, seconds: float, trials: int) -> Tuned:
     options = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": decay, "schedule": "constant",
                "warmup_steps": 10}  # fmt: skip
-    return Tuned(options=options, steps=steps, seconds=seconds, trials=trials, source=_TUNED)
+    seeds = (100, 101, 102)
+    return Tuned(options=options, steps=steps, seconds=seconds, trials=trials, source=_TUNED, seeds=seeds)
 
 
 # What tuning chose in the committed record, so that a first comparison need not repeat it.
@@ -299,6 +302,7 @@ def read_tuned(path: str | Path) -> dict[tuple[str, str], Tuned]:
     try:
         lines = Path(path).read_bytes().splitlines()
         rows = [orjson.loads(line) for line in lines if line.strip()]
+        tried = {(row["task"], row["recipe"], row["seed"]) for row in rows if row.get("kind") == "candidate"}
         rows = [row for row in rows if row.get("kind") == "tuned"]
         return {
             (row["task"], row["recipe"]): Tuned(
@@ -307,6 +311,11 @@ def read_tuned(path: str | Path) -> dict[tuple[str, str], Tuned]:
                 seconds=row["tuning_seconds"],
                 trials=row["tuning_trials"],
                 source=Path(path).name,  # a record says nothing about the machine's folders
+                # Older rows leave it to their candidates to say on which seeds they were tried.
+                seeds=tuple(
+                    row.get("tuning_seeds")
+                    or sorted(seed for *of, seed in tried if of == [row["task"], row["recipe"]])
+                ),
             )
             for row in rows
         }

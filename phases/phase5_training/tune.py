@@ -13,6 +13,8 @@ then one paired comparison for the decay and the filter:
     round 3   the winner with other decays     3s steps each
               and with the filter switched
 
+Where the training loss has to judge (:func:`judged_by`) the decay stays: less would always look better.
+
 All of it takes at most a tenth of the steps of the run it serves. With a budget too small for that, round 1
 is left out and round 2 begins with three rates of the default optimizer.
 """
@@ -34,6 +36,7 @@ import yaml
 from phase5_training.config import TrainingConfig
 from phase5_training.defaults import grokfast_config, rates
 from phase5_training.errors import RunFailed, UsageError
+from phase5_training.hardware import resolve_amp, resolve_device
 from phase5_training.records import now, plain, write_atomic
 
 SHARE = 10  # a run pays one part in so many for its tuning
@@ -134,6 +137,10 @@ def tune(config: TrainingConfig, total_steps: int, make: Callable[[TrainingConfi
     Raises:
         UsageError: as :func:`search`.
     """
+    # "auto" is a measurement: paired trials are to be in one precision.
+    device = resolve_device(config.device)
+    use_amp, _ = resolve_amp(config.use_amp, config.amp_dtype, device)
+    config = config.model_copy(update={"use_amp": use_amp})
     with tempfile.TemporaryDirectory() as folder:
 
         def run(options: Options, steps: int) -> Trial:
@@ -185,7 +192,8 @@ def search(config: TrainingConfig, total_steps: int, run: Callable[[Options, int
     by = judged_by([winner, *(trial for _, trial in found)])
     judged.append(by)
     best = dict(winner.options)
-    for key in ("weight_decay", "use_grokfast"):
+    # By the training loss less decay would always be better.
+    for key in ("weight_decay", "use_grokfast") if by == "validation" else ("use_grokfast",):
         better = [t for k, t in found if k == key and score(t, by) < score(winner, by)]
         if better:
             best[key] = min(better, key=lambda t: score(t, by)).options[key]

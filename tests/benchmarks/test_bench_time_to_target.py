@@ -31,10 +31,11 @@ def script(tmp_path, monkeypatch):
 
 
 def test_figures_are_found_once_and_used(script):
-    words = ["--recipes", "float", "--target", "0.5", "--cap-steps", "60", "--seeds", "1", "--threads", "1"]
-    assert script(*words, "--tune") == []
+    words = ["--recipes", "float", "--target", "0.9", "--cap-steps", "60", "--seeds", "1", "--threads", "1"]
+    assert script(*words, "--tune", "--first-seed", "100") == []
     found = read_tuned(script.tuned)["wine", "float"]
     assert found.options["learning_rate"] == 0.02
+    assert found.seeds == (100,)
     size = script.tuned.stat().st_size
     rows = script(*words)
     assert script.tuned.stat().st_size == size

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from phase5_training import TrainingPipeline, UsageError, bench, bench_run, bench_tuning, hardware
-from phase5_training.bench_summary import comparison_rows, held_level, quartiles, summaries, time_to
+from phase5_training.bench_summary import held_level, quartiles, summaries, time_to
+from phase5_training.bench_tables import comparison_rows, notes, result_table
 from phase5_training.cli import main
 from phase5_training.contest import Contest, built_in, from_config, options_of
 from phase5_training.errors import RunFailed
@@ -74,7 +75,7 @@ def run_row(recipe, seed, figures, *, seconds=1.0, higher=True, reason="max_step
             "figure": "accuracy", "higher": higher, "curve": curve, "best": max(figures), "test": 0.5,
             "steps": 10 * len(figures), "seconds": seconds * len(figures), "stop_reason": reason,
             "error": "", "tuning_steps": 7, "tuning_seconds": None, "cap_steps": 80,
-            "cap_seconds": None}  # fmt: skip
+            "cap_seconds": None, "precision": "float32", "compiled": False}  # fmt: skip
 
 
 class TestSummaries:
@@ -90,14 +91,65 @@ class TestSummaries:
         assert (float_row["failures"], forge["failures"]) == (1, 1)
         assert float_row["steps"] == [40.0, 40.0, None]
         assert forge["seconds"] == [1.0, 1.0, None]
-        # Seeds on which float came: 0.25 on the first, never on the second.
-        assert forge["ratio_float"] == quartiles([1.0 / 4.0, None])
+        # 0.25 on the first seed, never on the second; on the third float might have held from its third on.
+        assert forge["ratio_float"] == quartiles([1.0 / 4.0, None, 1.0 / 3.0])
         assert forge["ratio_float_muon"] is None
         (_, forge) = summaries(runs[:2], ["float"])
         assert forge["steps"][1] == 20  # float held 0.96
         rows = comparison_rows(runs, summaries(runs, [0.95]))
         assert [row["name"] for row in rows] == ["float AdamW, tuned", "Forge"]
         assert rows[1]["curve"][0] == [0.5, 0.1]
+
+    def test_a_baseline_that_never_came_bounds_the_ratio(self):
+        """Left out, the seeds on which the baseline was slowest would count for nothing."""
+        good, never = [0.1, 0.96, 0.97, 0.98, 0.99], [0.1, 0.2, 0.2, 0.2, 0.2, 0.96, 0.2, 0.96]
+        runs = [run_row("float", seed, never) for seed in range(2)]
+        runs += [run_row("forge", seed, good) for seed in range(2)]
+        float_row, forge = summaries(runs, [0.95])
+        # It might have held from its sixth evaluation on.
+        assert forge["ratio_float"] == [2.0 / 6.0] * 3
+        assert (forge["bounds_float"], float_row["bounds_float"]) == (2, 0)
+        assert float_row["ratio_float"] is None
+        cells = [list(column.cells) for column in result_table([float_row, forge]).columns]
+        assert cells[5] == ["", "<0.33"]
+        assert "Forge, 0.95: < is a bound, since float AdamW, tuned did not hold it on 2 of 2 seeds" in notes(
+            [float_row, forge]
+        )
+        # Any run of float's that does come, however late, gives a ratio within the bound.
+        runs[0] = run_row("float", 0, never[:5] + [0.96] * 4)
+        (_, forge) = summaries(runs, [0.95])
+        assert forge["ratio_float"][2] <= 2.0 / 6.0
+
+    def test_a_recipe_that_held_nothing_sets_no_target(self):
+        """Against minus infinity everybody would win at once, against nothing everybody would lose."""
+        fine, broken = [0.5, 0.6, 0.7, 0.7, 0.7, 0.7], [-math.inf] * 6
+        runs = [run_row("float", 0, fine), run_row("float", 1, broken), run_row("float", 2, fine[:3])]
+        runs += [run_row("forge", seed, fine) for seed in range(3)]
+        rows = summaries(runs, ["float"])
+        for row in rows:
+            assert (row["seeds"], row["without_target"], row["failures"]) == (3, 2, 0)
+            assert row["steps"] == [30.0] * 3
+        assert [list(c.cells) for c in result_table(rows).columns][2] == ["1 of 1", "1 of 1"]
+        assert any("Forge, held by float: 2 of 3 seeds are left out" in note for note in notes(rows))
+
+    def test_what_the_figures_are_of_is_said(self):
+        figures = [0.1, 0.96, 0.97, 0.98, 0.99]
+        runs = [run_row("float", seed, figures) for seed in range(3)]
+        runs += [run_row("forge", seed, figures, reason="interrupted") for seed in range(3)]
+        runs[2] |= {"error": "loss was NaN", "stop_reason": "failed", "curve": [], "test": None}
+        runs[4] |= {"precision": "bf16", "compiled": True}
+        for run in runs:
+            run["tuning_seconds"] = 8.0 if run["recipe"] == "float" else 2.0
+        rows = summaries(runs, [0.95])
+        said = notes(rows)
+        assert "computed in float32, not compiled: float AdamW, tuned" in said
+        assert "computed in bf16 and float32, not compiled and compiled: Forge" in said
+        assert "float AdamW, tuned: 1 of 3 runs failed (loss was NaN)" in said
+        assert any("stopped once they held" in note for note in said)
+        # Two seconds to the target each, so 4 against 10.
+        assert "Forge, 0.95: with the tuning of both counted 0.40 of float AdamW, tuned (4 and 10 s)" in said
+        assert rows[0]["capped"] == 0  # the run that failed met no cap
+        assert [list(c.cells) for c in result_table(rows).columns][9] == ["- / 0.5 / 0.5", "0.5 / 0.5 / 0.5"]
 
     @pytest.mark.parametrize("higher", [True, False])
     def test_a_run_that_failed_is_the_worst_and_not_the_best(self, higher):
@@ -186,6 +238,7 @@ class TestRecipes:
         for key, tuned in BUILT_IN.items():
             found = recorded[key]
             assert (found.options, found.steps, found.trials) == (tuned.options, tuned.steps, tuned.trials)
+            assert {*found.seeds} <= {*tuned.seeds}  # the row says none: its candidates do
             assert found.seconds == pytest.approx(tuned.seconds, abs=0.05)
 
     def test_unknown_names(self):
@@ -261,7 +314,9 @@ class TestRuns:
         assert [row["recipe"] for row in summary] == ["plain", "float", "naive", "forge"]
         assert summary[0]["failures"] == 2  # 24 steps at 1e-4 teach nothing
         assert (summary[1]["tuning_steps"], summary[0]["tuning_steps"]) == (11, 0)
-        assert "cap: float, plain settings: 2 of 2 seeds did not hold 0.9" in out
+        assert "float, plain settings, 0.9: 2 of 2 seeds did not hold it to the cap of 24 steps" in out
+        every = ", ".join(RECIPES[name].title for name in ("plain", "float", "naive", "forge"))
+        assert f"computed in float32, not compiled: {every}" in out
         page = Path(found["report"]).read_text()
         for name in ("plain", "float", "naive", "forge"):
             assert RECIPES[name].title in page
@@ -357,6 +412,11 @@ class TestRuns:
         (line,) = [line for line in capsys.readouterr().out.splitlines() if "no report" in line]
         assert "each of the 4 runs failed before its first step (no room)" in line
 
+    def test_a_seed_that_was_tuned_on_is_not_reported(self, task_files, tmp_path):
+        known = {key: replace(tuned, seeds=(2, 3)) for key, tuned in FIGURES.items()}
+        with pytest.raises(UsageError, match=r"was tuned on seed 2 .* --first-seed 4$"):
+            bench.bench(contest(task_files, tmp_path), ["float"], [0, 1, 2], tuned=known)
+
     def test_no_reported_seed_is_tuned_on(self, task_files, tmp_path, no_report, monkeypatch):
         own, tuned_on = contest(task_files, tmp_path), []
 
@@ -398,6 +458,7 @@ class TestRuns:
         # Each on one seed, then the best few, here both, on two more; the best goes first.
         assert [row["seed"] for row in rows[:-1]] == [0, 0, 1, 2, 1, 2]
         assert [row["tried"] for row in rows[2:4]] == [tried[1]] * 2
+        assert tuned.seeds == (0, 1, 2) == read_tuned(record)["wine", "float"].seeds
         assert (tuned.steps, tuned.trials) == (sum(row["steps"] for row in rows[:-1]), 6)
         assert read_tuned(record)["wine", "float"].options == tried[1]
 
