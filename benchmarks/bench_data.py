@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from data_stall import STALL_STEPS, prepare_stall
 from interleave import CaseError, Worker, circumstances, quartiles, ratio_quartiles, write_rows
 
 RECORD = Path(__file__).parent / "records" / "data.jsonl"
@@ -46,7 +47,6 @@ AGAINST = {  # ratios that the summary gives, round by round
     "json": (("forge", "json.load"), ("forge", "datasets")),
     "hdf5": (("forge", "h5py"),), "tokens": (("forge", "numpy.memmap"),), "cache": (("cache", "no cache"),),
 }  # fmt: skip
-STALL_STEPS = {"digits": 510, "breast_cancer": 300, "modular_mul": 150, "python_text": 300}
 
 
 def main() -> None:
@@ -390,52 +390,11 @@ def cache_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, An
 # -- stall --------------------------------------------------------------------------------------------
 
 
-def prepare_stall(name: str, steps: int, folder: Path, threads: int) -> Any:
-    """A turn: one run of a task of the suite."""
-    torch.set_num_threads(threads)
-    from phase5_training import create_training_pipeline
-    from phase5_training.contest import built_in
-
-    options = built_in(name, str(folder), max_steps=steps).options
-    data = [options.pop(key) for key in ("model", "train_data_path", "val_data_path")]
-
-    def turn() -> dict[str, Any]:
-        result = create_training_pipeline(
-            *data,
-            output_dir=str(folder),
-            experiment_name=name,
-            early_stopping=False,
-            progress="quiet",
-            **options,
-        ).run()
-        rows = map(json.loads, (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines())
-        return {
-            "steps": steps,
-            "batch_size": options["batch_size"],
-            **stalls(list(rows), options["batch_size"]),
-        }
-
-    return turn, {}
-
-
-def stalls(rows: list[dict[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Of the log lines of a run: seconds of its steps, seconds in which they waited, shares line by line."""
-    logged, last = [], 0
-    for row in rows:
-        if "data_wait_share" in row:
-            logged.append((batch_size * (row["step"] - last) / row["samples_per_s"], row["data_wait_share"]))
-            last = row["step"]
-    seconds = sum(length for length, _ in logged)
-    waited = sum(length * share for length, share in logged)
-    return {
-        "seconds": seconds, "waited_s": waited, "wait_share": waited / seconds,
-        "shares": [round(share, 6) for _, share in logged],
-    }  # fmt: skip
-
-
 def stall_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    for name, steps in STALL_STEPS.items():
-        yield {"case": name, **alone(prepare_stall, name, steps, folder, found.threads)}
+    for number in range(found.rounds):
+        for name, steps in STALL_STEPS.items():
+            row = alone(prepare_stall, name, steps, folder, found.threads)
+            yield {"case": name, "round": number, **row}
 
 
 # -- summary ------------------------------------------------------------------------------------------
@@ -467,7 +426,10 @@ def summary(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
     elif part == "streaming":
         figures = {"peak MB": lambda row: row["peak_mb"]}
     elif part == "stall":
-        figures = {"share of the time waited for data": lambda row: row["wait_share"]}
+        figures = {
+            "share of the time waited for data": lambda row: row["wait_share"],
+            "the same by cpu": lambda row: row["cpu_share"],
+        }
 
     def label(row: dict[str, Any], *case: str) -> str:
         return " ".join(str(row[k]) for k in (*case, "layout", "bytes", "records", "words") if k in row)

@@ -1,11 +1,14 @@
 """The files, cases and summaries of the benchmark of reading."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 
 import bench_data
+import data_stall
+from phase5_training.pipeline.data_loader import ForgeDataLoader
 
 
 @pytest.fixture(autouse=True)
@@ -47,16 +50,41 @@ def test_the_share_of_waiting_is_of_the_time_of_all_steps():
         {"step": 10, "loss": 1.0},
         {"step": 20, "samples_per_s": 5.0, "data_wait_share": 0.0},  # in 8 s
     ]
-    found = bench_data.stalls(rows, batch_size=4)
+    found = data_stall.stalls(rows, batch_size=4)
     assert (found["seconds"], found["waited_s"], found["wait_share"]) == (10.0, 1.0, 0.1)
     assert found["shares"] == [0.5, 0.0]
 
 
-def test_a_task_in_training_says_how_long_it_waited(tmp_path):
-    turn, _ = bench_data.prepare_stall("breast_cancer", 20, tmp_path, 1)
+def test_a_task_in_training_says_how_long_it_waited(tmp_path, monkeypatch):
+    monkeypatch.setattr(ForgeDataLoader, "__iter__", ForgeDataLoader.__iter__)  # put back at the end
+    turn, _ = data_stall.prepare_stall("breast_cancer", 20, tmp_path, 1)
     row = turn()
     assert len(row["shares"]) >= 2
     assert 0 <= row["waited_s"] < row["seconds"]
+    assert 0 < row["cpu_share"] < 0.5
+
+
+def test_processor_time_tells_making_from_steps():
+    class Loader:
+        split = "train"
+
+        def __iter__(self):
+            for _ in range(3):
+                burn(0.05)
+                yield {}
+
+    def burn(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    clock = data_stall.ProcessorTime()
+    clock.watch(Loader)
+    for number, _ in enumerate(Loader()):
+        burn(1.0 if number == 1 else 0.1)  # one with a validation in it
+    assert len(clock.steps) == 3
+    assert clock.making == pytest.approx(0.15, abs=0.03)
+    assert clock.share() == pytest.approx(0.15 / 0.45, abs=0.04)
 
 
 def test_both_ways_to_read_tokens_give_blocks_of_the_stream(tmp_path):

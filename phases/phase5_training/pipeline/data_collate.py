@@ -129,20 +129,8 @@ class Collator:
         if self.spec.ragged:  # each batch is as wide as its own longest sequence
             rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
             return [self.collate(columns.take(part)) for part in rows]
-        whole = self.collate(columns)
-        parts = {
-            key: {name: value.split(list(sizes)) for name, value in values.items()}
-            if isinstance(values, dict)
-            else values.split(list(sizes))
-            for key, values in whole.items()
-        }
-        return [
-            {
-                key: {name: value[i] for name, value in part.items()} if isinstance(part, dict) else part[i]
-                for key, part in parts.items()
-            }
-            for i in range(len(sizes))
-        ]
+        parts = {key: _split_tensors(values, list(sizes)) for key, values in self.collate(columns).items()}
+        return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
 
     def _width(self, longest: int) -> int:
         """Columns for sequences up to ``longest``: a multiple of 8, never more than max_length."""
@@ -177,6 +165,14 @@ class Collator:
             tokens = wanted = _owned(np.asarray(values)[:, :limit], np.int64)
         inputs = torch.from_numpy(tokens)[:, :-1].contiguous()
         return inputs, torch.from_numpy(wanted)[:, 1:].contiguous()
+
+
+def _split_tensors(values: Any, sizes: list[int]) -> Sequence[Any]:
+    """A tensor, or a dictionary of them, in pieces of so many rows."""
+    if not isinstance(values, dict):
+        return values.split(sizes)
+    pieces = [value.split(sizes) for value in values.values()]
+    return [dict(zip(values, part, strict=True)) for part in zip(*pieces, strict=True)]
 
 
 def _owned(array: np.ndarray, dtype: type) -> np.ndarray:

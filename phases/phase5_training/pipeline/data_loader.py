@@ -34,7 +34,7 @@ from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
 
 Split = Literal["train", "validation"]
 TOGETHER_BYTES = 1 << 20  # of batches that are read together, so that the cost of a call is shared
-MAX_TOGETHER = 64
+MAX_TOGETHER = 256
 WINDOW_BYTES = 64 << 20  # of blocks whose samples are shuffled together, at most
 WINDOW_BLOCKS = 16  # blocks whose samples are shuffled together, at least
 GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
@@ -85,6 +85,10 @@ class ForgeDataLoader:
         self._together = max(1, min(TOGETHER_BYTES // batch_bytes, MAX_TOGETHER))
         self._begun = False
         self._makes_ahead = not self.config.num_workers and prepared.reads_ahead
+        self._crosses_epochs = self._makes_ahead and prepared.source.access == "memory"
+        self._ready: dict[
+            tuple[int, int], dict[str, Any]
+        ] = {}  # by epoch and batch, where epochs are crossed
         self._workers: DataLoader | None = None
         self._board: WorkerBoard | None = None
         self._pending = _Pending()
@@ -149,6 +153,12 @@ class ForgeDataLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, first = self._position
         self._position = (epoch + 1, 0)
+        if self._crosses_epochs:
+            for batch in range(first, self._batches):
+                if (epoch, batch) not in self._ready:
+                    self._ready = self._read_on(epoch, batch)
+                yield self._ready.pop((epoch, batch))
+            return
         order = self._portions(epoch, first)
         fetch = (
             self._from_workers(order) if self.config.num_workers else map(self._prepared.__getitems__, order)
@@ -157,6 +167,24 @@ class ForgeDataLoader:
             self._hits += hits
             self._lookups += lookups
             yield from batches
+
+    def _read_on(self, epoch: int, batch: int) -> dict[tuple[int, int], dict[str, Any]]:
+        """The batches from here on that are read together, those of the next epochs among them.
+
+        Otherwise each short epoch would begin with a read of its own, which costs as much as a small step.
+        """
+        at = epoch * self._batches + batch
+        # The first batch of all is not to wait for others.
+        end = at + (self._together if self._begun else 1)
+        self._begun = True
+        places, parts = list[tuple[int, int]](), list[np.ndarray]()
+        while at < end:
+            epoch, first = divmod(at, self._batches)
+            last = min(first + end - at, self._batches)
+            places += [(epoch, batch) for batch in range(first, last)]
+            parts += self._part(epoch, first, last)
+            at += last - first
+        return dict(zip(places, self._prepared.batches(parts), strict=True))
 
     def _portions(self, epoch: int, first: int) -> Iterator[list[np.ndarray]]:
         """The rest of an epoch in portions of batches that are read together: positions of each batch."""
@@ -177,12 +205,11 @@ class ForgeDataLoader:
 
     def _part(self, epoch: int, first: int, last: int) -> list[np.ndarray]:
         """Positions of this rank's samples of each of the batches ``first`` to ``last``."""
-        shares = [self._plan.share(batch) for batch in range(first, last)]
         if self.config.world_size > 1:
-            return [self._order.slice(epoch, *share) for share in shares]
-        start = shares[0][0]
-        whole = self._order.slice(epoch, start, shares[-1][1])  # one after the other: looked up at once
-        return [whole[begin - start : end - start] for begin, end in shares]
+            return [self.batch_indices(epoch, batch) for batch in range(first, last)]
+        size, start = self.config.batch_size, self._plan.bounds(first)[0]
+        whole = self._order.slice(epoch, start, self._plan.bounds(last - 1)[1])  # looked up at once
+        return [whole[i : i + size] for i in range(0, len(whole), size)]
 
     def _from_workers(self, order: Iterator[list[np.ndarray]]) -> Iterator[Any]:
         if self._workers is None:

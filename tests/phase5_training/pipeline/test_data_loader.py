@@ -867,6 +867,52 @@ def test_batches_read_together_are_those_read_alone(tmp_path, kind, monkeypatch)
     same(load(path, batch_size=4, memory_limit_mb=0), together)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("npz", {}),
+        ("json", {"drop_last": True}),
+        ("text", {}),
+        ("text", {"bucket_by_length": True}),
+        ("npz", {"validation_split": 0.25, "rank": 1, "world_size": 3}),
+    ],
+)
+def test_batches_of_the_next_epochs_that_were_read_before_are_those_read_alone(
+    tmp_path, kind, options, monkeypatch
+):
+    from phase5_training.pipeline import data_loader
+
+    if kind == "text":
+        path = write_lines(tmp_path / "t.jsonl", [{"input": "ab" * i, "target": i % 2} for i in range(1, N)])
+    else:
+        path = write(tmp_path, kind)
+    ahead = load(path, batch_size=8, **options)
+    monkeypatch.setattr(data_loader, "MAX_TOGETHER", 1)
+    alone = load(path, batch_size=8, **options)
+    assert ahead._together > len(ahead) > 2
+    for _ in range(4):
+        same(ahead, alone)
+    next(iter(ahead))  # an epoch that is left
+    for epoch, batch in ((5, 0), (5, 2), (1, 3), (1, 3), (6, len(ahead) - 1)):
+        ahead.set_position(epoch, batch)
+        alone.set_position(epoch, batch)
+        same(ahead, alone)
+        same(ahead, alone)
+    for mine, other in zip(zip(ahead, ahead, strict=True), zip(alone, alone, strict=True), strict=True):
+        same(mine, other)  # two epochs at the same time
+
+
+def test_epochs_of_few_batches_in_memory_are_read_together(tmp_path, monkeypatch):
+    loader = load(write(tmp_path, "npz"), batch_size=8)
+    reads = []
+    batches = loader._prepared.batches
+    monkeypatch.setattr(loader._prepared, "batches", lambda parts: reads.append(len(parts)) or batches(parts))
+    for _ in range(10):
+        list(loader)
+    assert reads == [1, loader._together]
+    assert loader._together >= 10 * len(loader)
+
+
 # --- text without padding --------------------------------------------------------------------------
 
 
