@@ -47,6 +47,19 @@ def ideas(contest: Contest, tuned: Tuned) -> dict[str, dict[str, Any]]:
         "bf16 between the layers": {"use_amp": True},
         "label smoothing 0.1": {"label_smoothing": 0.1},
         "no int8 gradients": {"backward": "float32"},
+        "beta1 of 0.8": {"betas": [0.8, 0.98]},
+        **(
+            {
+                "three iterations of Muon": {"ns_steps": 3},
+                "three iterations, momentum 0.9, beta1 of 0.8": {
+                    "ns_steps": 3,
+                    "momentum": 0.9,
+                    "betas": [0.8, 0.98],
+                },
+            }
+            if tuned.options["optimizer"] == "muon"
+            else {}
+        ),
     }
 
 

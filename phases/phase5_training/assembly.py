@@ -20,9 +20,9 @@ from phase5_training.errors import UsageError
 from phase5_training.loop_config import LoopConfig
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
 from phase5_training.modes import eval_mode
-from phase5_training.muon import iteration_flops
+from phase5_training.muon import NS_STEPS, iteration_flops
 from phase5_training.phases import Schedule, build_schedule
-from phase5_training.pipeline.bitnet_optimizer import build_optimizer, check_optimizer_name
+from phase5_training.pipeline.bitnet_optimizer import AVERAGES, build_optimizer, check_optimizer_name
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.grokfast_trainer import GrokfastConfig
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator
@@ -66,7 +66,12 @@ def data_config(config: TrainingConfig, *, split: bool, ranks: Ranks | None = No
 
 
 def optimizer_of(
-    given: Any, model: nn.Module, batch: Mapping[str, Any], device: torch.device, ranks: Ranks
+    given: Any,
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    device: torch.device,
+    ranks: Ranks,
+    ns_steps: int | None = None,
 ) -> tuple[Any, list[str]]:
     """The optimizer of a run as it was given, "auto" decided where it can be, and what to say about that.
 
@@ -81,6 +86,7 @@ def optimizer_of(
         batch: this rank's part of one, with the rows that the layers see.
         device: of the model.
         ranks: whose parts make up the batch.
+        ns_steps: iterations of Muon; None for its default.
     """
     if not isinstance(given, str) or given != "auto":
         return given, []
@@ -105,7 +111,8 @@ def optimizer_of(
     own = sum(ranks.gathered(sum(products.values())))
     if not own:  # no hidden matrix, or none that is called as a layer
         return given, []
-    share = sum(iteration_flops(*layer.weight.shape) for layer in products) / own
+    shapes = [(layer.weight.shape[0], layer.weight.shape[1]) for layer in products]
+    share = sum(iteration_flops(*shape, ns_steps or NS_STEPS) for shape in shapes) / own
     name = "muon" if share <= 1 else "adamw"
     return name, [f"optimizer {name}: Muon's iteration would be {share:.2g} times the products of a step"]
 
@@ -124,14 +131,38 @@ def rates_of(config: TrainingConfig, optimizer: Any) -> tuple[float, float]:
 
 
 def torch_optimizers(
-    given: Any, model: nn.Module, loss: Loss, learning_rate: float, weight_decay: float
+    given: Any,
+    model: nn.Module,
+    loss: Loss,
+    config: TrainingConfig,
+    learning_rate: float,
+    weight_decay: float,
 ) -> Any:
-    """What moves the weights: the instance that was given, or the torch optimizers of a name."""
+    """What moves the weights: the instance that was given, or the torch optimizers of a name.
+
+    Raises:
+        UsageError: an average or iteration is named that this optimizer does not have.
+    """
+    named = {n: value for n in AVERAGES if (value := getattr(config, n)) is not None}
     if not isinstance(given, str):
+        for name in named:
+            raise UsageError(f"{name} belongs to the optimizer instance; set it there")
         check_optimizer(given, model, loss)
         return given
-    extra = list(loss.parameters())
-    return build_optimizer(given, model, learning_rate=learning_rate, weight_decay=weight_decay, extra=extra)
+    for name in named:
+        # "auto" decides by the batch; what is named then holds for whichever it takes.
+        if config.optimizer != "auto" and given not in AVERAGES[name]:
+            raise UsageError(
+                f"optimizer {given} has no {name}, which is for {' and '.join(AVERAGES[name])}; leave it out"
+            )
+    return build_optimizer(
+        given,
+        model,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        extra=list(loss.parameters()),
+        **named,
+    )
 
 
 def validator_of(

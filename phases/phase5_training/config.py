@@ -143,6 +143,14 @@ class TrainingConfig(BaseModel):
     """Base rate; None takes the default of the optimizer, auto tries some in short trials first."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Decoupled decay of matrices; None takes the default of the optimizer."""
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = (
+        None
+    )
+    """Averages of AdamW, also beside Muon: of the gradient and of its square; None takes 0.9 and 0.98."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Average of the gradient in Muon and sgd; None takes 0.95 and 0.9."""
+    ns_steps: Positive | None = None
+    """Newton-Schulz iterations of Muon; None takes 5. Each costs a fifth of what Muon adds to a step."""
     loss: str | None = None
     """Name of the loss; None takes the task's own."""
     quantization_penalty: Annotated[float, Field(ge=0)] = 0.0

@@ -9,6 +9,7 @@ from typing import Any
 from phase5_training.config import TrainingConfig, load_yaml, parse_config
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.hardware import resolve_amp, resolve_device
+from phase5_training.pipeline.bitnet_optimizer import AVERAGES
 from phase5_training.recipes import TASKS, BenchTask, Recipe, Tuned
 from phase5_training.tasks import load_task
 
@@ -19,7 +20,7 @@ _FILTER_OPTIONS = (
 )  # fmt: skip
 # What recipes decide, whatever a configuration says.
 _OF_RECIPES = (
-    *_FILTER_OPTIONS, "use_bitnet", "optimizer", "learning_rate", "weight_decay", "backward",
+    *_FILTER_OPTIONS, *AVERAGES, "use_bitnet", "optimizer", "learning_rate", "weight_decay", "backward",
     "activation_bits",
 )  # fmt: skip
 # Of a run that is there to be compared: to its end, with all its evaluations.

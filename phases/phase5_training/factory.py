@@ -148,9 +148,9 @@ class TrainingPipeline:
         total_steps = planned_steps(config, self.train_loader)
         plan = schedule_of(config, total_steps)
         self._given_optimizer, said = optimizer_of(
-            self._given_optimizer, self.model, first, self.device, ranks
+            self._given_optimizer, self.model, first, self.device, ranks, config.ns_steps
         )
-        learning_rate, weight_decay = rates_of(config, self._given_optimizer)
+        learning_rate, weight_decay = rates = rates_of(config, self._given_optimizer)
         grokfast = grokfast_config(config)
         compiled, why = ranks.chosen(compiles(config, self.model, first, total_steps, self.device))
         run_model = hardware.compile_model(self.model, config.memory_budget) if compiled else self.model
@@ -158,7 +158,7 @@ class TrainingPipeline:
         self.notices += self._spread.notices
         if self._spread.parts:
             compiled, why = False, "each rank has parts of its weights"
-        inner = torch_optimizers(self._given_optimizer, self.model, self.loss, learning_rate, weight_decay)
+        inner = torch_optimizers(self._given_optimizer, self.model, self.loss, config, *rates)
         gradient_filter = GradientFilter(grokfast, plan) if grokfast else None
         self.optimizer = self._spread.optimizer(
             inner,

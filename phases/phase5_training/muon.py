@@ -16,6 +16,8 @@ from phase4_bitnet.native.build import processor_flags
 
 # From this ratio of the sides on, iterating on the Gram matrix takes fewer multiplications.
 _GRAM_RATIO = 1.5
+# Of torch.optim.Muon.
+NS_STEPS = 5
 
 
 class Muon(torch.optim.Muon):
@@ -141,7 +143,7 @@ def rate_factor(adjust: str | None, rows: int, columns: int) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-def iteration_flops(rows: int, columns: int, steps: int = 5) -> int:
+def iteration_flops(rows: int, columns: int, steps: int = NS_STEPS) -> int:
     """Floating point operations that Muon adds to a step for a matrix of this shape.
 
     Example:

@@ -15,7 +15,6 @@ from typing import Any
 import orjson
 
 from phase5_training.errors import UsageError, nearest_match
-from phase5_training.phases import PhaseSchedule
 
 Options = dict[str, Any]
 
@@ -141,8 +140,8 @@ class BenchTask:
         rates: optimizers and rates that tuning tries; see RATES.
         decays: of weights that tuning tries.
         schedules: shapes of the rate that tuning tries, each with its length as a share of max_steps. A rate
-            falls to the end of its length, so a run cut short is no substitute. By what the recipe's
-            optimizer option says, or "" for any: Forge has the phases, whose peak is the rate.
+            falls to the end of its length, so a run cut short is no substitute.
+        averages: betas, momentum and iterations that tuning tries with each optimizer; empty for the default.
         targets: figures to reach, or the name of a recipe whose held figure is the target.
         delayed: generalization comes long after the fit, so short trials show nothing.
     """
@@ -152,9 +151,8 @@ class BenchTask:
     options: Options
     rates: Mapping[str, tuple[tuple[str, float], ...]] = field(default_factory=lambda: RATES)
     decays: tuple[float, ...] = (0.1,)
-    schedules: Mapping[str, tuple[tuple[str, float], ...]] = field(
-        default_factory=lambda: {"": (("linear", 1.0),)}
-    )
+    schedules: tuple[tuple[str, float], ...] = (("linear", 1.0),)
+    averages: Mapping[str, tuple[Options, ...]] = field(default_factory=dict)
     targets: tuple[float | str, ...] = (0.95, 0.99)
     delayed: bool = False
 
@@ -163,7 +161,12 @@ class BenchTask:
 _MODULAR_RATES: dict[str, tuple[tuple[str, float], ...]] = {
     "adamw": tuple(("adamw", rate) for rate in (5e-4, 1e-3, 1.5e-3, 2e-3)),
     "muon": tuple(("muon", rate) for rate in (1e-3, 3e-3, 6e-3, 1.2e-2)),
-    "auto": (("adamw", 1e-3), ("adamw", 1.5e-3), ("muon", 6e-3), ("muon", 1.2e-2)),
+    "auto": (("adamw", 1e-3), ("muon", 2e-3), ("muon", 3e-3), ("muon", 4e-3)),
+}
+# A run of a hundred steps has little use for averages over twenty.
+_SHORT_AVERAGES: dict[str, tuple[Options, ...]] = {
+    "adamw": ({}, {"betas": [0.8, 0.98]}),
+    "muon": ({}, {"betas": [0.8, 0.98], "momentum": 0.9, "ns_steps": 3}),
 }
 
 
@@ -173,8 +176,9 @@ def _modular(operation: str, cap: int = 450) -> BenchTask:
         task_options={"operation": operation},
         options={"model": "decoder", "batch_size": 512, "max_steps": cap, "eval_interval": 15},
         rates=_MODULAR_RATES,
-        decays=(3.0, 6.0),
-        schedules={"": (("constant", 1.0), ("linear", 0.5)), "auto": (("constant", 1.0), ("phases", 0.7))},
+        decays=(1.0, 3.0, 6.0),
+        schedules=(("constant", 1.0),),
+        averages=_SHORT_AVERAGES,
         delayed=True,
     )
 
@@ -202,7 +206,7 @@ TASKS: dict[str, BenchTask] = {
         task_options={"validation_share": 0.4},
         options={**_DIGITS, "max_steps": 510, "eval_interval": 17},
         decays=(0.01, 0.1, 1.0),
-        schedules={"": (("linear", 1.0), ("linear", 0.5))},
+        schedules=(("linear", 1.0), ("linear", 0.5)),
     ),
     "digits_small": BenchTask(
         task="digits",
@@ -223,7 +227,7 @@ TASKS: dict[str, BenchTask] = {
             "max_steps": 400,
             "eval_interval": 20,
         },
-        schedules={"": (("linear", 1.0), ("linear", 0.5))},
+        schedules=(("linear", 1.0), ("linear", 0.5)),
         targets=("float", "float_muon"),
     ),
     "breast_cancer": _table("breast_cancer", (0.95, "float")),
@@ -270,26 +274,24 @@ BUILT_IN: dict[tuple[str, str], Tuned] = {
 
 
 def grid(recipe: Recipe, task: BenchTask) -> list[Options]:
-    """What tuning tries for a recipe on a built-in task: every rate of its optimizer, decay and schedule."""
+    """What tuning tries for a recipe on a built-in task: each rate, decay, schedule and set of averages."""
     kind = recipe.options["optimizer"]
-    schedules = task.schedules.get(kind) or task.schedules[""]
     found = []
     for (optimizer, rate), decay, (schedule, length) in itertools.product(
-        task.rates[kind], task.decays, schedules
+        task.rates[kind], task.decays, task.schedules
     ):
-        steps = round(length * task.options["max_steps"])
-        phases = schedule == "phases"
-        found.append(
-            {
-                "optimizer": optimizer,
-                "learning_rate": rate / PhaseSchedule.acceleration_multiplier if phases else rate,
-                "weight_decay": decay,
-                "schedule": schedule,
-                "warmup_steps": 10,
-                **({"acceleration_steps": steps // 2, "consolidation_steps": steps // 15} if phases else {}),
-                **({} if length == 1 else {"max_steps": steps}),
-            }
-        )
+        for averages in task.averages.get(optimizer, ({},)):
+            found.append(
+                {
+                    "optimizer": optimizer,
+                    "learning_rate": rate,
+                    "weight_decay": decay,
+                    "schedule": schedule,
+                    "warmup_steps": 10,
+                    **averages,
+                    **({} if length == 1 else {"max_steps": round(length * task.options["max_steps"])}),
+                }
+            )
     return found
 
 

@@ -1,13 +1,14 @@
 """That the options about data reach what reads them, and what "auto" comes to."""
 
 import json
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch import nn
 
 from phase4_bitnet import BitLinear, build_model
-from phase5_training.assembly import data_config, monitor_of, optimizer_of
+from phase5_training.assembly import data_config, monitor_of, optimizer_of, torch_optimizers
 from phase5_training.config import TrainingConfig
 from phase5_training.distributed import Ranks
 from phase5_training.errors import DataError, UsageError
@@ -117,8 +118,17 @@ class TestOptimizerOf:
         return total + product(m, m, n)
 
     @pytest.mark.parametrize("shape", [(3, 3), (4, 5), (2, 3), (8, 100), (100, 8)])
-    def test_the_operations_of_an_iteration(self, shape):
-        assert iteration_flops(*shape) == self.counted(*sorted(shape))
+    @pytest.mark.parametrize("steps", [1, 3, 5])
+    def test_the_operations_of_an_iteration(self, shape, steps):
+        assert iteration_flops(*shape, steps) == self.counted(*sorted(shape), steps)
+
+    def test_fewer_iterations_are_counted(self):
+        model = nn.Sequential(BitLinear(100, 100), nn.Linear(100, 3))
+        batch = {"input": torch.zeros(400, 100)}
+        names = [
+            optimizer_of("auto", model, batch, torch.device("cpu"), Ranks(), steps)[0] for steps in (None, 1)
+        ]
+        assert names == ["adamw", "muon"]
 
     @pytest.mark.parametrize(("rows", "expected"), [(1, "adamw"), (400, "adamw"), (700, "muon")])
     def test_auto_is_muon_from_the_rows_on_that_pay_for_it(self, rows, expected):
@@ -153,3 +163,54 @@ class TestOptimizerOf:
     def test_without_a_hidden_matrix_nothing_is_decided(self):
         batch = {"input": torch.zeros(4, 2)}
         assert optimizer_of("auto", nn.Linear(2, 2), batch, torch.device("cpu"), Ranks()) == ("auto", [])
+
+
+class TestTorchOptimizers:
+    NAMED = MappingProxyType({"betas": [0.7, 0.8], "momentum": 0.6, "ns_steps": 2})
+
+    @staticmethod
+    def made(optimizer, **options):
+        model = nn.Sequential(BitLinear(4, 4), nn.Linear(4, 3))
+        loss = build_loss("mse")
+        given = "muon" if optimizer == "auto" else optimizer
+        config = TrainingConfig(optimizer=optimizer if isinstance(optimizer, str) else "auto", **options)
+        return torch_optimizers(given, model, loss, config, 0.1, 0.0)
+
+    def test_what_is_named_reaches_the_optimizers(self):
+        muon, adamw = self.made("muon", **self.NAMED)
+        assert [(g["momentum"], g["ns_steps"]) for g in muon.param_groups] == [(0.6, 2)]
+        assert {g["betas"] for g in adamw.param_groups} == {(0.7, 0.8)}
+        (sgd,) = self.made("sgd", momentum=0.6)
+        assert {g["momentum"] for g in sgd.param_groups} == {0.6}
+
+    def test_what_is_not_named_is_the_default(self):
+        muon, adamw = self.made("muon")
+        assert [(g["momentum"], g["ns_steps"]) for g in muon.param_groups] == [(0.95, 5)]
+        assert {g["betas"] for g in adamw.param_groups} == {(0.9, 0.98)}
+        assert {g["momentum"] for g in self.made("sgd")[0].param_groups} == {0.9}
+
+    @pytest.mark.parametrize(
+        ("optimizer", "name"),
+        [("adamw", "momentum"), ("adamw", "ns_steps"), ("sgd", "ns_steps"), ("sgd", "betas")],
+    )
+    def test_what_an_optimizer_does_not_have_is_refused(self, optimizer, name):
+        with pytest.raises(
+            UsageError, match=f"^optimizer {optimizer} has no {name}, which is for .*leave it out"
+        ):
+            self.made(optimizer, **{name: self.NAMED[name]})
+
+    def test_auto_takes_all_of_them(self):
+        assert len(self.made("auto", **self.NAMED)) == 2
+
+    def test_an_instance_has_its_own(self):
+        with pytest.raises(UsageError, match="momentum belongs to the optimizer instance"):
+            self.made(torch.optim.SGD(nn.Linear(2, 2).parameters()), momentum=0.5)
+
+    def test_a_resumed_run_keeps_them_and_says_so(self, pipeline, task_files):
+        options = {"experiment_name": "part", "optimizer": "adamw", "batch_size": 16}
+        pipeline("mlp", *task_files(), betas=[0.8, 0.9], max_steps=2, **options).run()
+        again = pipeline("mlp", *task_files(), max_steps=4, auto_resume=True, **options).setup()
+        assert {g["betas"] for g in again.optimizer.param_groups} == {(0.8, 0.9)}
+        assert again.run().metrics["steps"] == 4
+        with pytest.raises(UsageError, match=r"^betas=\[0.5, 0.9\], and the run that is resumed keeps"):
+            pipeline("mlp", *task_files(), betas=[0.5, 0.9], auto_resume=True, **options).setup()

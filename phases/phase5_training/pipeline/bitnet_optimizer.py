@@ -24,12 +24,14 @@ from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layer
 from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.fused_step import fused_step
-from phase5_training.muon import muon_class
+from phase5_training.muon import NS_STEPS, muon_class
 from phase5_training.slow_average import COUNT, SLOW, WINDOW, divides_by_second_moment
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
 BETAS = (0.9, 0.98)
 OPTIMIZERS: tuple[str, ...] = ("auto", "muon", "adamw", "sgd")
+# The optimizers that have each of these options.
+AVERAGES = {"betas": ("muon", "adamw"), "momentum": ("muon", "sgd"), "ns_steps": ("muon",)}
 
 
 class Filter(Protocol):
@@ -427,6 +429,9 @@ def build_optimizer(
     learning_rate: float,
     weight_decay: float,
     extra: Iterable[nn.Parameter] = (),
+    betas: Sequence[float] = BETAS,
+    momentum: float | None = None,
+    ns_steps: int = NS_STEPS,
 ) -> list[Optimizer]:
     """The torch optimizers for ``optimizer=name``, with the same rate and decay in each.
 
@@ -439,6 +444,7 @@ def build_optimizer(
         model: parameters with ``requires_grad``.
         learning_rate, weight_decay: for every group.
         extra: parameters of the loss, not decayed.
+        betas: of AdamW. momentum: of Muon (None: 0.95) or sgd (None: 0.9). ns_steps: iterations of Muon.
 
     Returns:
         One or two optimizers with disjoint parameters.
@@ -466,11 +472,18 @@ def build_optimizer(
     if muon:
         optimizers.append(
             muon_class(muon)(
-                muon, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+                muon,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                momentum=0.95 if momentum is None else momentum,
+                ns_steps=ns_steps,
+                adjust_lr_fn="match_rms_adamw",
             )
         )
     if groups and name == "sgd":
-        optimizers.append(torch.optim.SGD(groups, lr=learning_rate, momentum=0.9))
+        optimizers.append(
+            torch.optim.SGD(groups, lr=learning_rate, momentum=0.9 if momentum is None else momentum)
+        )
     elif groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, fused=True))
+        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=(betas[0], betas[1]), fused=True))
     return optimizers
