@@ -1,22 +1,27 @@
 """Throughput of one process and of two, one thread each, and the bytes that a step sends.
 
     python benchmarks/bench_distributed.py               # decoder of width 256, 4096 tokens a rank and step
-    python benchmarks/bench_distributed.py --rounds 3 --output benchmarks/records/distributed.jsonl
+    python benchmarks/bench_distributed.py --rounds 9 --output benchmarks/records/distributed.jsonl
 
-Each round runs every case once, in turn, each under a torchrun of its own, so that the machine's weather
-falls on all alike. A rank has the same tokens a step in all cases (weak scaling). A row of --output holds
+Every case has a torchrun of its own, and they take turns of a few steps, so that the machine's weather falls
+on all alike. A rank has the same tokens a step in all cases: weak scaling, the batch of two processes is
+twice that of one. Two processes wait for the slower one, so that a third program costs them more than it
+costs one alone: a round in which others took more than --others of a core during any turn is taken again.
+A row of --output holds, with one figure a round where it is a list,
 
     case           processes and mode; fsdp_float gathers float32 latents, fsdp the codes in 2 bits
-    tokens_per_s   one figure a round, over the steps after the first five
+    tokens_per_s   over the steps of a turn but its first
     efficiency     tokens_per_s over processes times those of one process, of the same round
+    cpu_ms         processor time of a rank and step, all of its threads
+    others         share of a core that other programs took during the turn
+    given_up       rounds that were taken again
     gathered       bytes that a rank hands to all-gather in a step, as the run counts them
     reduced        the same of gradients, to all-reduce or reduce-scatter
-    loopback       bytes a step on the machine's loopback device, which is all that its ranks send
-
-The loopback counts what anybody on the machine sends, in packets with their heads.
+    loopback       bytes a step on the machine's loopback device: what its ranks send, with the packets' heads
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -24,15 +29,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from interleave import circumstances, write_rows
+from interleave import circumstances, quartiles, write_rows
 
 CASES = ("1", "2 ddp", "2 ddp_bf16", "2 fsdp", "2 fsdp_float")
-WARMUP = 5
 
 
 def main() -> None:
@@ -42,8 +47,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096, help="of a rank and step")
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--others", type=float, default=0.05, help="share of a core that others may take")
+    parser.add_argument("--tries", type=int, default=60, help="rounds at most, those taken again too")
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
@@ -51,44 +58,91 @@ def main() -> None:
     if options.rank_of:
         work(options)
         return
-    found: dict[str, list[dict[str, Any]]] = {case: [] for case in options.cases}
-    for turn in range(options.rounds):
-        for case in options.cases:
-            found[case].append(one_turn(case, options))
-            print(f"round {turn + 1}: {case}: {found[case][-1]['tokens_per_s']:.0f} tokens/s", flush=True)
+    with contextlib.ExitStack() as stack:
+        cases = {name: stack.enter_context(Case(name, options)) for name in options.cases}
+        rounds, given_up = take_turns(cases, options)
     rows = []
-    for case, turns in found.items():
-        speeds = [turn["tokens_per_s"] for turn in turns]
-        row = {"case": case, "tokens_per_s": speeds, **{k: turns[-1][k] for k in ("gathered", "reduced")}}
-        row["loopback"] = statistics.median(turn["loopback"] for turn in turns)
-        if "1" in found and case != "1":
-            pairs = zip(turns, found["1"], strict=True)
-            row["efficiency"] = [a["tokens_per_s"] / b["tokens_per_s"] / int(case[0]) for a, b in pairs]
+    for name in cases:
+        turns = [taken[name] for taken in rounds]
+        row: dict[str, Any] = {key: [turn[key] for turn in turns] for key in turns[0]}
+        row["loopback"] = statistics.median(row["loopback"])
+        row |= {key: row[key][-1] for key in ("gathered", "reduced")}
+        if "1" in cases and name != "1":
+            pairs = zip(row["tokens_per_s"], (taken["1"]["tokens_per_s"] for taken in rounds), strict=True)
+            row["efficiency"] = [round(own / alone / int(name[0]), 4) for own, alone in pairs]
             low, middle, high = quartiles(row["efficiency"])
-            print(f"{case}: efficiency {middle:.0%} ({low:.0%} to {high:.0%})")
-        print(f"{case}: gathered {row['gathered']:.4g}, reduced {row['reduced']:.4g} bytes a step")
-        rows.append(row)
+            print(f"{name}: efficiency {middle:.1%} ({low:.1%} to {high:.1%}) of {len(rounds)} rounds")
+        print(f"{name}: {statistics.median(row['cpu_ms']):.0f} ms of processor time a step and rank; ", end="")
+        print(f"gathered {row['gathered']:.4g}, reduced {row['reduced']:.4g} bytes a step")
+        rows.append({"case": name, **row, "given_up": given_up})
     if options.output:
-        sizes = {key: getattr(options, key) for key in ("width", "layers", "tokens", "steps")}
+        sizes = {key: getattr(options, key) for key in ("width", "layers", "tokens", "steps", "others")}
         write_rows(options.output, [{**sizes, **row, **circumstances()} for row in rows])
 
 
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+def take_turns(cases: dict[str, "Case"], options: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """Rounds in which other programs were quiet, and how many others there were."""
+    for case in cases.values():
+        case.turn()  # allocations, and buffers of the collectives
+    kept: list[dict[str, Any]] = []
+    for tried in range(options.tries):
+        taken = {name: case.turn() for name, case in cases.items()}
+        loud = max(turn["others"] for turn in taken.values())
+        said = ", ".join(f"{name}: {turn['tokens_per_s']:.0f}" for name, turn in taken.items())
+        print(f"tokens/s {said}; others took {loud:.0%} of a core", flush=True)
+        if loud <= options.others:
+            kept.append(taken)
+        if len(kept) == options.rounds:
+            return kept, tried + 1 - len(kept)
+    sys.exit(f"{len(kept)} of {options.tries} rounds were quiet; give --others more, or stop other programs")
 
 
-def one_turn(case: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What the first rank of a case measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case[0]}"]
-        words += [__file__, "--rank-of", f"{case}|{folder}", f"--width={options.width}"]
-        words += [f"--layers={options.layers}", f"--tokens={options.tokens}", f"--steps={options.steps}"]
-        subprocess.run(words, check=True, capture_output=True)
-        return json.loads((Path(folder) / "found.json").read_text())
+class Case:
+    """The ranks of a case under a torchrun of their own, which wait for their turns.
+
+    Args:
+        name: of a case.
+        options: of the command line.
+    """
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.options = name, options
+        self.ranks = int(name[0])
+
+    def __enter__(self) -> "Case":
+        self._folder = tempfile.TemporaryDirectory()
+        self.folder, own = Path(self._folder.name), self.options
+        for rank in range(self.ranks):
+            os.mkfifo(self.folder / f"go-{rank}")
+            os.mkfifo(self.folder / f"done-{rank}")
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=5"]
+        words += [f"--nproc-per-node={self.ranks}", __file__, "--rank-of", f"{self.name}|{self.folder}"]
+        words += [f"--{key}={getattr(own, key)}" for key in ("width", "layers", "tokens", "steps", "tries")]
+        self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+        self._pipes = [
+            (open(self.folder / f"go-{rank}", "w"), open(self.folder / f"done-{rank}"))
+            for rank in range(self.ranks)
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for go, done in self._pipes:
+            go.close()
+            done.close()
+        self._process.wait()
+        self._folder.cleanup()
+
+    def turn(self) -> dict[str, Any]:
+        """Let all ranks take their steps; figures of the first one, processor time of the middle of them."""
+        began, busy = time.perf_counter(), busy_seconds()
+        for go, _ in self._pipes:
+            go.write("go\n")
+            go.flush()
+        found = [json.loads(done.readline()) for _, done in self._pipes]
+        seconds, busy = time.perf_counter() - began, busy_seconds() - busy
+        own = sum(rank.pop("processor_seconds") for rank in found)
+        cpu = statistics.mean(rank["cpu_ms"] for rank in found)
+        return {**found[0], "cpu_ms": round(cpu, 1), "others": round(max(0.0, busy - own) / seconds, 3)}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -101,36 +155,62 @@ def work(options: argparse.Namespace) -> None:
     ranks, _, mode = case.partition(" ")
     if mode == "fsdp_float":
         sharded._mark_latents = lambda model, parts: None
-    length = 128
+    length, rank = 128, os.environ["RANK"]
     batch = options.tokens // length * int(ranks)
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 256, (batch * 8 * (length + 1),), generator=draw)
-    data = Path(folder) / f"tokens-{os.environ['RANK']}.bin"
+    data = Path(folder) / f"tokens-{rank}.bin"
     data.write_bytes(tokens.to(torch.uint8).numpy().tobytes())
     data.with_suffix(".bin.json").write_text('{"dtype": "uint8", "vocab_size": 256}')
     made = create_training_pipeline(
-        "decoder", str(data), batch_size=batch, max_steps=options.steps, epochs=9999,
+        "decoder", str(data), batch_size=batch, max_steps=options.steps * (options.tries + 2), epochs=9999,
         model_options={"dim": options.width, "layers": options.layers, "heads": options.width // 64},
         optimizer="adamw", learning_rate=1e-3, grokfast_alpha=0.98, grokfast_lambda=0.5,
         experiment_name="run", output_dir=f"{folder}/runs", use_amp=False, compile=False, device="cpu",
         parallel=mode.partition("_")[0] or "auto", progress="quiet", validation_split=0.0, max_length=length,
         gradient_compression="bf16" if mode.endswith("bf16") else "none", log_interval=10**6, drop_last=True,
+        checkpoint_interval=10**6,
     )  # fmt: skip
-    marks: list[tuple[float, int, int, int]] = []
-
-    def mark(step: int, metrics: dict[str, Any]) -> None:
-        traffic = made.ranks.traffic
-        marks.append((time.perf_counter(), loopback(), traffic.gathered, traffic.reduced))
-
-    made.register_callback("step_end", mark)
+    turns = take_steps(options.steps, batch * length, made, Path(folder), rank)
+    next(turns)
+    made.register_callback("step_end", lambda step, metrics: next(turns))
     made.run()
-    if not made.ranks.first:
-        return
-    first, last, steps = marks[WARMUP - 1], marks[-1], len(marks) - WARMUP
-    seconds, sent, gathered, reduced = (b - a for a, b in zip(first, last, strict=True))
-    found = {"tokens_per_s": steps * batch * length / seconds, "loopback": sent / steps}
-    found |= {"gathered": gathered / steps, "reduced": reduced / steps}
-    (Path(folder) / "found.json").write_text(json.dumps(found))
+
+
+def take_steps(steps: int, tokens: int, made: Any, folder: Path, rank: str) -> Iterator[None]:
+    """Between any two turns of ``steps`` steps each, wait until the next one is asked for."""
+    with open(folder / f"go-{rank}") as go, open(folder / f"done-{rank}", "w") as done:
+        while go.readline():
+            begun = time.process_time()
+            yield  # the first step: ranks do not begin in one moment
+            first = marks(made)
+            for _ in range(steps - 1):
+                yield
+            last = marks(made)
+            seconds, cpu, sent, gathered, reduced = (
+                (b - a) / (steps - 1) for a, b in zip(first, last, strict=True)
+            )
+            found = {"tokens_per_s": round(tokens / seconds, 1), "cpu_ms": 1e3 * cpu, "loopback": sent}
+            found |= {"gathered": gathered, "reduced": reduced}
+            done.write(json.dumps({**found, "processor_seconds": time.process_time() - begun}) + "\n")
+            done.flush()
+    made.stop()
+    while True:
+        yield
+
+
+def marks(made: Any) -> tuple[float, float, int, int, int]:
+    """Clocks and counters: seconds, seconds of the processor, bytes on loopback, gathered and reduced."""
+    traffic = made.ranks.traffic
+    return time.perf_counter(), time.process_time(), loopback(), traffic.gathered, traffic.reduced
+
+
+def busy_seconds() -> float:
+    """Time that all cores have worked so far, for whomever."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(
+        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    )
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def loopback() -> int:

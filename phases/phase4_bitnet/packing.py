@@ -215,8 +215,19 @@ def unpack_tiles(packed: Tensor, rows: int, columns: int) -> Tensor:
 
 def _bit_pairs(packed: Tensor) -> Tensor:
     """(...) uint8 -> (..., 4) int8: the four codes of each byte, the lowest bits first."""
+    if packed.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One pass that reads four codes at once: a sixth of the time of the operators below.
+        return _four_codes().index_select(0, packed.reshape(-1).int()).view(torch.int8).view(*packed.shape, 4)
     shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=packed.device)
     return ((packed.unsqueeze(-1) >> shifts) & 3).to(torch.int8) - 1
+
+
+@cache
+def _four_codes() -> Tensor:
+    """(256,) int32: the bytes of each are the four codes of a "2bit" byte."""
+    with torch.inference_mode(False):
+        digits = [[(byte >> shift & 3) - 1 for shift in (0, 2, 4, 6)] for byte in range(256)]
+        return torch.tensor(digits, dtype=torch.int8).view(torch.int32).flatten()
 
 
 def _encoding(encoding: str) -> tuple[int, int]:

@@ -160,9 +160,10 @@ def pack_rows(codes: Tensor) -> Tensor:
     """
     columns = codes[:1].numel() if codes.shape[0] else codes.new_empty(1, *codes.shape[1:]).numel()
     rows = codes.reshape(codes.shape[0], columns)
-    padded = torch.nn.functional.pad(rows, (0, -columns % 4)) + 1
-    digits = padded.to(torch.uint8).reshape(codes.shape[0], -(-columns // 4), 4)
-    return digits[..., 0] | digits[..., 1] << 2 | digits[..., 2] << 4 | digits[..., 3] << 6
+    digits = (torch.nn.functional.pad(rows, (0, -columns % 4)) + 1).contiguous()
+    # Four codes, the first one lowest, as every machine that torch runs on has its bytes.
+    four = digits.view(torch.int32)
+    return (four | four >> 6 | four >> 12 | four >> 18).to(torch.uint8)
 
 
 def magnitudes(latents: Sequence[Tensor]) -> Tensor:

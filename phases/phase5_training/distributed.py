@@ -237,9 +237,10 @@ def launched() -> tuple[int, int]:
         ForgeError: the environment names ranks and not where to meet.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and ("RANK" not in os.environ or "MASTER_ADDR" not in os.environ):
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world > 1 and missing:
         raise ForgeError(
-            f"WORLD_SIZE={world} and no RANK or MASTER_ADDR: start the processes with "
+            f"WORLD_SIZE={world} and no {' or '.join(missing)}: start the processes with "
             "`torchrun --nproc-per-node N -m phase5_training train config.yaml`"
         )
     return int(os.environ.get("RANK", "0")) if world > 1 else 0, world
@@ -252,7 +253,7 @@ def join(device: str = "auto") -> Ranks:
         device: the configuration's; with CUDA each rank takes the GPU of its place on the machine.
 
     Raises:
-        ForgeError: see :func:`launched`.
+        ForgeError: see :func:`launched`, or the ranks cannot meet.
     """
     if launched()[1] == 1 and not dist.is_initialized():
         return Ranks()
@@ -260,7 +261,7 @@ def join(device: str = "auto") -> Ranks:
         cuda = torch.cuda.is_available() and (device == "auto" or device.startswith("cuda"))
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store, rank, world_size = next(rendezvous("env://", timeout=TIMEOUT))
+        store, rank, world_size = _meet()
         # After a restart torchrun's store still holds where the dead processes listened.
         own = PrefixStore(f"forge/{restarts()}/{world_size}", store)
         dist.init_process_group(
@@ -272,6 +273,23 @@ def join(device: str = "auto") -> Ranks:
         )
         atexit.register(_leave)
     return ProcessGroup() if dist.get_world_size() > 1 else Ranks()
+
+
+def _meet() -> tuple[Any, int, int]:
+    """The store through which the ranks find each other, this rank, and how many there are."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        return next(rendezvous("env://", timeout=TIMEOUT))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ForgeError(
+                f"the ranks cannot meet at {where}: another program has that port; start them with another "
+                "MASTER_PORT, or with torchrun --standalone, which finds a free one"
+            ) from error
+        raise ForgeError(
+            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); check that rank 0 runs there "
+            "and that the others reach it"
+        ) from error
 
 
 def restarts() -> int:

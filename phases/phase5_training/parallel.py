@@ -25,10 +25,7 @@ from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.recorder import SilentRun
 from phase5_training.records import RunDirectory
-from phase5_training.sharded import ShardedOptimizer, codes_travel, shard, whole_state
-
-# Of training with AdamW and a float32 slow average: latent, gradient, two moments, average, code.
-BYTES_A_WEIGHT = 4 + 4 + 8 + 4 + 1
+from phase5_training.sharded import BYTES_A_WEIGHT, ShardedOptimizer, codes_travel, shard, whole_state
 
 # Codes are derived on each rank from latents that are the same, and the loop levels the other buffers. The
 # option has another name from torch 2.13 on.
@@ -134,13 +131,13 @@ def spread(
     sent = f"{size * width / 1e6:.3g} MB of {word} gradients a step are added up"
     if parts:
         whole = copy.deepcopy(model).cpu() if ranks.first else None
-        shard(model, config, ranks, device, ranks.traffic)
+        exchange = shard(model, config, ranks, device)
         coded = sum(codes_travel(layer) for _, layer in ternary_layers(model))
         notice = (
             f"{ranks.world_size} ranks, each with a part of every weight (fsdp); {coded} layers travel as "
         )
         notice += f"2-bit codes; {sent}"
-        made = functools.partial(ShardedOptimizer, traffic=ranks.traffic)
+        made = functools.partial(ShardedOptimizer, exchange=exchange)
         return Spread(called=model, optimizer=made, notices=(notice,), parts=True, whole=whole)
     unused = ranks.any(bool(unused_parameters(model, loss, batch, device)))
     copies = DistributedDataParallel(

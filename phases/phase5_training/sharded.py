@@ -27,10 +27,59 @@ from phase5_training.errors import UsageError
 from phase5_training.muon import Muon
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 
+# Of training with AdamW and a float32 slow average: latent, gradient, two moments, average, code.
+BYTES_A_WEIGHT = 4 + 4 + 8 + 4 + 1
+# Weights that stay gathered from forward to backward take at most this share of a rank's state of training.
+MOST_GATHERED = 0.25
+
 _CODES = (".codes", ".scale")
 # They have other names from torch 2.13 on.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Exchange:
+    """What the ranks of a sharded model send each other, and what of it has not arrived yet.
+
+    gloo works beside the backward on a CPU: gradients are awaited before they are read, in the optimizer's step.
+
+    Args:
+        traffic: counts the bytes.
+        dtype: in which gradients on a CPU travel; None is their own. They are added up in their own.
+    """
+
+    def __init__(self, traffic: Traffic, dtype: torch.dtype | None = None) -> None:
+        self.traffic, self.dtype = traffic, dtype
+        self.step = 0
+        self._arriving: list[tuple[Any, Tensor, Tensor]] = []
+
+    def begin(self, output: Tensor, own: Tensor, group: Any) -> None:
+        """Send each rank its part of this rank's gradients; ``output`` is their sum after :meth:`finish`.
+
+        Half the bytes of gloo's reduce-scatter, which adds up everything everywhere and keeps a part.
+
+        Args:
+            output: (n,) on a CPU.
+            own: (n * ranks,).
+            group: of the ranks.
+        """
+        sent = own if self.dtype is None else own.to(self.dtype)
+        self.traffic.reduced += sent.nbytes
+        received = torch.empty_like(sent)
+        work = dist.all_to_all_single(received, sent, group=group, async_op=True)
+        self._arriving.append((work, received, output))
+
+    def finish(self) -> None:
+        """Wait for what was begun, and add it up."""
+        for work, received, output in self._arriving:
+            work.wait()
+            torch.sum(received.view(-1, len(output)), dim=0, dtype=output.dtype, out=output)
+        self._arriving.clear()
+
+    def next_step(self) -> None:
+        """The gradients so far have been used, and are forgotten."""
+        self.finish()
+        self.step += 1
 
 
 class _Buffers:
@@ -52,19 +101,27 @@ class _Gather(_Buffers, AllGather):
 
 
 class _Scatter(_Buffers, ReduceScatter):
-    def __init__(self, traffic: Traffic) -> None:
-        self._traffic = traffic
+    """Adds up the gradients of the weights that are gathered together."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._last = -1
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> Any:
-        self._traffic.reduced += input_tensor.nbytes
-        return _REDUCE_SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        exchange = self._exchange
+        if input_tensor.device.type != "cpu":
+            exchange.traffic.reduced += input_tensor.nbytes
+            return _REDUCE_SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        exchange.begin(output_tensor, input_tensor, group)
+        if self._last == exchange.step:
+            exchange.finish()  # a later micro-batch: FSDP adds it to the gradient at once
+        self._last = exchange.step
+        return None
 
 
-def shard(
-    model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device, traffic: Traffic
-) -> None:
+def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.device) -> Exchange:
     """Leave this rank its rows of every weight, in place; what is called stays ``model`` itself.
 
     Blocks, the elements of a ModuleList that have parts, are gathered one at a time; the rest at once.
@@ -74,7 +131,9 @@ def shard(
         config: ``gradient_compression``, and what cannot be done in parts.
         ranks: how many parts.
         device: where the model is.
-        traffic: counts the bytes of what is gathered and reduced.
+
+    Returns:
+        What :class:`ShardedOptimizer` waits for; it counts the bytes in the traffic of ``ranks``.
 
     Raises:
         UsageError: an option that needs whole weights.
@@ -84,20 +143,32 @@ def shard(
     ranks.level_([p.detach() for p in model.parameters()])
     _mark_latents(model, ranks.world_size)
     reduce = torch.bfloat16 if config.gradient_compression == "bf16" else None
-    policy = MixedPrecisionPolicy(reduce_dtype=reduce)
-    for block in _blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    exchange = Exchange(ranks.traffic, reduce)
+    policy = MixedPrecisionPolicy(reduce_dtype=None if device.type == "cpu" else reduce)
+    blocks = _blocks(model)
+    again = not _may_stay(model, blocks, ranks.world_size)
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_custom_all_gather(_Gather(traffic))
-            module.set_custom_reduce_scatter(_Scatter(traffic))
+            module.set_custom_all_gather(_Gather(ranks.traffic))
+            module.set_custom_reduce_scatter(_Scatter(exchange))
             # Each rank's loss is its share of the batch's: gradients are added up.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     for _, layer in ternary_layers(model):
         _keep_own_codes(layer)
     model.register_load_state_dict_pre_hook(_parts_of_whole)
+    return exchange
+
+
+def _may_stay(model: nn.Module, blocks: Sequence[nn.Module], parts: int) -> bool:
+    """Whether blocks stay gathered from forward to backward: as codes they take little, and travel once."""
+    own = [p for block in blocks for p in block.parameters()]
+    gathered = sum(p.numel() // 4 if isinstance(p, ShardedLatent) else p.nbytes for p in own)
+    state = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters()) / parts
+    return gathered <= MOST_GATHERED * state
 
 
 def _refuse(config: TrainingConfig) -> None:
@@ -228,34 +299,37 @@ class ShardedOptimizer(BitNetOptimizer):
     Args:
         optimizers: by name, over FSDP's parameters, not stepped yet; made anew over this rank's rows.
         model: sharded.
-        traffic: counts the bytes of what is gathered.
+        exchange: brings the gradients.
         options: of :class:`BitNetOptimizer`.
     """
 
     _whole_layers = False
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], model: nn.Module, *, traffic: Traffic, **options: Any
+        self, optimizers: Sequence[Optimizer], model: nn.Module, *, exchange: Exchange, **options: Any
     ) -> None:
+        self._exchange = exchange
         self._parts: list[tuple[nn.Parameter, nn.Parameter]] = []
         local: dict[Tensor, nn.Parameter] = {}
         for p in model.parameters():
             if isinstance(p, DTensor):
                 local[p] = nn.Parameter(local_part(p), requires_grad=p.requires_grad)
                 self._parts.append((p, local[p]))
-        super().__init__([_over_rows(o, local, traffic) for o in optimizers], model, **options)
+        super().__init__([_over_rows(o, local, exchange.traffic) for o in optimizers], model, **options)
         for layer in self._layers:
             if not codes_travel(layer):
                 layer.codes_are_current = False
 
     def step(self, *arguments: Any, **options: Any) -> Any:
         """See :meth:`BitNetOptimizer.step`."""
+        self._exchange.finish()
         for p, own in self._parts:
             own.grad = None if p.grad is None else local_part(p.grad)
         return super().step(*arguments, **options)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients, those of FSDP too."""
+        self._exchange.next_step()
         for p, own in self._parts:
             p.grad = own.grad = None
         super().zero_grad(set_to_none)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from phase5_training.config import load_yaml, parse_config
-from phase5_training.distributed import ProcessGroup, Ranks, Traffic, join, launched
+from phase5_training.distributed import ProcessGroup, Ranks, join, launched
 from phase5_training.errors import ForgeError, UsageError
 from phase5_training.parallel import in_parts, on_ranks
 from phase5_training.sharded import shard
@@ -295,7 +295,7 @@ def group(**own):
 def test_what_parts_cannot_do_is_refused_with_a_remedy(options, remedy):
     config = jobs.pipeline(jobs.Path("x"), "fsdp").config.model_copy(update=options)
     with pytest.raises(UsageError, match=remedy):
-        shard(nn.Linear(2, 2), config, Ranks(), torch.device("cpu"), Traffic())
+        shard(nn.Linear(2, 2), config, Ranks(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
