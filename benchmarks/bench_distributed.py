@@ -72,7 +72,9 @@ def main() -> None:
             row["efficiency"] = [round(own / alone / int(name[0]), 4) for own, alone in pairs]
             low, middle, high = quartiles(row["efficiency"])
             print(f"{name}: efficiency {middle:.1%} ({low:.1%} to {high:.1%}) of {len(rounds)} rounds")
-        print(f"{name}: {statistics.median(row['cpu_ms']):.0f} ms of processor time a step and rank; ", end="")
+        print(
+            f"{name}: {statistics.median(row['cpu_ms']):.0f} ms of processor time a step and rank; ", end=""
+        )
         print(f"gathered {row['gathered']:.4g}, reduced {row['reduced']:.4g} bytes a step")
         rows.append({"case": name, **row, "given_up": given_up})
     if options.output:
@@ -112,17 +114,15 @@ class Case:
     def __enter__(self) -> "Case":
         self._folder = tempfile.TemporaryDirectory()
         self.folder, own = Path(self._folder.name), self.options
-        for rank in range(self.ranks):
-            os.mkfifo(self.folder / f"go-{rank}")
-            os.mkfifo(self.folder / f"done-{rank}")
+        places = [(self.folder / f"go-{rank}", self.folder / f"done-{rank}") for rank in range(self.ranks)]
+        for place in places:
+            for pipe in place:
+                os.mkfifo(pipe)
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=5"]
         words += [f"--nproc-per-node={self.ranks}", __file__, "--rank-of", f"{self.name}|{self.folder}"]
         words += [f"--{key}={getattr(own, key)}" for key in ("width", "layers", "tokens", "steps", "tries")]
         self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        self._pipes = [
-            (open(self.folder / f"go-{rank}", "w"), open(self.folder / f"done-{rank}"))
-            for rank in range(self.ranks)
-        ]
+        self._pipes = [(go.open("w"), done.open()) for go, done in places]
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from interleave import circumstances, write_rows
 from phase4_bitnet import build_model, ternary_layers
 from phase5_training.config import TrainingConfig
-from phase5_training.distributed import Ranks, Traffic
-from phase5_training.sharded import codes_travel, local_part, shard
+from phase5_training.distributed import Ranks
+from phase5_training.sharded import BYTES_A_WEIGHT, MOST_GATHERED, blocks_of, codes_travel, local_part, shard
 
 SIZES = {
     "100M": {"dim": 768, "layers": 9, "heads": 12},
@@ -36,6 +37,7 @@ class Pretended(Ranks):
     """The first of many ranks that are not there."""
 
     def __init__(self, world_size: int) -> None:
+        super().__init__()
         self.world_size = world_size
 
 
@@ -73,25 +75,35 @@ def count(size: dict[str, int], ranks: int) -> dict[str, Any]:
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         pretended = Pretended(ranks)
-        shard(model, TrainingConfig(), pretended, torch.device("cpu"), Traffic())
+        shard(model, TrainingConfig(), pretended, torch.device("cpu"))
         own = sum(local_part(p).numel() for p in model.parameters() if isinstance(p, DTensor))
         coded = [layer for _, layer in ternary_layers(model) if codes_travel(layer)]
         codes = sum(layer.codes.numel() + layer.packed_codes.numel() for layer in coded)  # type: ignore[operator]
-        packed = sum(layer.packed_codes.numel() for layer in coded) * ranks  # type: ignore[operator]
-        floats = weights - sum(layer.weight.numel() for layer in coded)
+        blocks = sum(gathered_once(block, ranks) for block in blocks_of(model))
+        whole = gathered_once(model, ranks)
+        stay = blocks <= MOST_GATHERED * BYTES_A_WEIGHT * weights / ranks
+        blocks_float = 4 * sum(p.numel() for block in blocks_of(model) for p in block.parameters())
     finally:
         dist.destroy_process_group()
-    # Blocks are gathered for the forward and again for the backward; a rank receives all parts but its own.
+    # Blocks that do not stay are gathered again for the backward; a rank receives all parts but its own.
     others = (ranks - 1) / ranks
     return {
         "weights": weights,
         "ternary": ternary,
         "ddp_bytes": weights * STATE + ternary,
         "fsdp_bytes": own * STATE + codes,
-        "gathered_codes": 2 * others * (packed + 4 * floats),
-        "gathered_float": 2 * others * 4 * weights,
+        "gathered_codes": others * (whole + (0 if stay else blocks)),
+        "gathered_float": others * (4 * weights + blocks_float),
         "reduced_float": others * 4 * weights,
     }
+
+
+def gathered_once(module: nn.Module, ranks: int) -> int:
+    """Bytes of all parts of a module's weights, as they travel."""
+    coded = [layer for _, layer in ternary_layers(module) if codes_travel(layer)]
+    packed = ranks * sum(layer.packed_codes.numel() for layer in coded)  # type: ignore[operator]
+    floats = sum(p.numel() for p in module.parameters()) - sum(layer.weight.numel() for layer in coded)
+    return packed + 4 * floats
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ def spread(
         called,
         device_ids=[device.index] if device.type == "cuda" else None,
         gradient_as_bucket_view=True,
+        bucket_cap_mb=_bucket_mb(4 * size),
         find_unused_parameters=unused,
         **_LEAVE_BUFFERS,
     )
@@ -171,6 +172,22 @@ def in_parts(wanted: str, model: nn.Module, device: torch.device, ranks: Ranks) 
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
     return size * BYTES_A_WEIGHT > memory / 2
+
+
+def _bucket_mb(gradients: int) -> float:
+    """Size of what DDP sends at a time, in MB.
+
+    Torch's 25 are all of a small model, which then travels when the backward is over and nothing is left to
+    do meanwhile.
+
+    Args:
+        gradients: bytes.
+
+    Example:
+        >>> _bucket_mb(10_000), _bucket_mb(16_000_000), _bucket_mb(4_000_000_000)
+        (1.0, 2.0, 25.0)
+    """
+    return min(25.0, max(1.0, gradients / 8e6))
 
 
 def _added_up(

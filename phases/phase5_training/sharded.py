@@ -41,7 +41,7 @@ _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 class Exchange:
     """What the ranks of a sharded model send each other, and what of it has not arrived yet.
 
-    gloo works beside the backward on a CPU: gradients are awaited before they are read, in the optimizer's step.
+    On a CPU gloo sends beside the backward, and gradients are awaited before the optimizer's step reads them.
 
     Args:
         traffic: counts the bytes.
@@ -145,8 +145,8 @@ def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.
     reduce = torch.bfloat16 if config.gradient_compression == "bf16" else None
     exchange = Exchange(ranks.traffic, reduce)
     policy = MixedPrecisionPolicy(reduce_dtype=None if device.type == "cpu" else reduce)
-    blocks = _blocks(model)
-    again = not _may_stay(model, blocks, ranks.world_size)
+    blocks = blocks_of(model)
+    again = not may_stay_gathered(model, blocks, ranks.world_size)
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=mesh, mp_policy=policy)
@@ -161,14 +161,6 @@ def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.
         _keep_own_codes(layer)
     model.register_load_state_dict_pre_hook(_parts_of_whole)
     return exchange
-
-
-def _may_stay(model: nn.Module, blocks: Sequence[nn.Module], parts: int) -> bool:
-    """Whether blocks stay gathered from forward to backward: as codes they take little, and travel once."""
-    own = [p for block in blocks for p in block.parameters()]
-    gathered = sum(p.numel() // 4 if isinstance(p, ShardedLatent) else p.nbytes for p in own)
-    state = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters()) / parts
-    return gathered <= MOST_GATHERED * state
 
 
 def _refuse(config: TrainingConfig) -> None:
@@ -200,15 +192,29 @@ def _mark_latents(model: nn.Module, parts: int) -> None:
             module._parameters[name] = marked
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    """The outermost elements of module lists that are more than a layer."""
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What is gathered by itself: the outermost elements of module lists that are more than a layer."""
     found: list[nn.Module] = []
     for module in model.children():
         if isinstance(module, nn.ModuleList):
             found += [m for m in module if next(m.children(), None) is not None]
         else:
-            found += _blocks(module)
+            found += blocks_of(module)
     return found
+
+
+def may_stay_gathered(model: nn.Module, blocks: Sequence[nn.Module], parts: int) -> bool:
+    """Whether blocks stay gathered from forward to backward: as codes they take little, and travel once.
+
+    Args:
+        model: with its latents marked.
+        blocks: of the model.
+        parts: number of ranks.
+    """
+    own = [p for block in blocks for p in block.parameters()]
+    gathered = sum(p.numel() // 4 if isinstance(p, ShardedLatent) else p.nbytes for p in own)
+    state = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters()) / parts
+    return gathered <= MOST_GATHERED * state
 
 
 def _keep_own_codes(layer: TernaryWeight) -> None:

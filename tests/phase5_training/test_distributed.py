@@ -6,17 +6,20 @@ Each number of processes is started once and does all its jobs (tests/ranks/jobs
 import json
 import os
 import shutil
+import socket
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from phase4_bitnet import load_compressed_model, ternary_layers
+from phase4_bitnet.sharding import ShardedLatent
 from phase5_training.config import load_yaml, parse_config
 from phase5_training.distributed import ProcessGroup, Ranks, join, launched
 from phase5_training.errors import ForgeError, UsageError
 from phase5_training.parallel import in_parts, on_ranks
-from phase5_training.sharded import shard
+from phase5_training.sharded import may_stay_gathered, shard
 from ranks import jobs
 from ranks.launch import run_jobs, torchrun
 
@@ -69,9 +72,9 @@ def four(ranks_folder):
 def two(ranks_folder, four):
     """Return what two ranks found, who also go on with what four began."""
     names = ["equal", "again", "numbers", "tokens", "micro", "bf16", "stopped", "memory", "nonfinite", "rest"]
-    names += ["tasks", "noisy", "rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
-    parts = ["equal", "muon", "stopped", "short", "floats", "nonfinite", "tasks", "best", "rest"]
-    parts += ["rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
+    names += ["tasks", "noisy", "best", "rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
+    parts = ["equal", "muon", "tokens", "micro", "bf16", "stopped", "short", "floats", "nonfinite", "tasks"]
+    parts += ["best", "rest", "rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
     return run_jobs(ranks_folder, 2, *(f"ddp.{n}" for n in names), *(f"fsdp.{n}" for n in parts))
 
 
@@ -113,6 +116,7 @@ def test_the_bytes_of_a_step_are_those_of_codes_and_of_all_gradients(two):
     assert two[0]["ddp.equal"]["bytes"] == [0, 4 * (CODED + FLOAT)]
     assert two[0]["ddp.bf16"]["bytes"] == [0, 2 * (CODED + FLOAT)]
     assert two[0]["fsdp.equal"]["bytes"] == [(CODED // 4 + 4 * padded) // 2, 4 * (CODED + padded)]
+    assert two[0]["fsdp.bf16"]["bytes"] == [(CODED // 4 + 4 * padded) // 2, 2 * (CODED + padded)]
     assert two[0]["fsdp.floats"]["bytes"] == [(4 * CODED + 4 * padded) // 2, 4 * (CODED + padded)]
     assert two[0]["fsdp.floats"]["losses"] == pytest.approx(two[0]["fsdp.short"]["losses"], rel=SAME)
     # Muon's updates of the two ternary matrices travel in float32.
@@ -123,10 +127,10 @@ def test_the_same_ranks_give_the_same_bits_again(two):
     assert two[0]["ddp.equal"] == two[0]["ddp.again"]
 
 
-@pytest.mark.parametrize("name", ["numbers", "tokens", "micro"])
+@pytest.mark.parametrize("name", ["ddp.numbers", "ddp.tokens", "ddp.micro", "fsdp.tokens", "fsdp.micro"])
 def test_figures_are_means_over_all_samples_and_tokens(two, tmp_path, name):
     """r2 is taken around one mean, perplexity over tokens of which the ranks have different numbers."""
-    assert_same_run(two[0][f"ddp.{name}"], one(name, tmp_path))
+    assert_same_run(two[0][name], one(name.partition(".")[2], tmp_path))
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -146,23 +150,40 @@ def test_masks_differ_between_ranks_and_come_again_and_running_means_are_the_fir
     assert found[0]["rest"]["weights"] == found[0]["whole"]["weights"]
 
 
-def test_parts_go_back_to_the_best_weights(two, tmp_path):
-    found, alone = two[0]["fsdp.best"], one("best", tmp_path)
-    assert found["best_step"] == alone["best_step"] < 24
-    assert_same_run(found, alone)
+def codes_in(folder):
+    layers = ternary_layers(load_compressed_model(folder / "run" / "best"))
+    return {name: layer.current_codes()[0].tolist() for name, layer in layers}
 
 
-def test_gradients_in_bfloat16_stay_near(two):
-    near, exact = two[0]["ddp.bf16"]["losses"], two[0]["ddp.equal"]["losses"]
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_all_stop_early_at_one_step_and_hand_on_the_codes_that_one_process_does(
+    two, ranks_folder, tmp_path, mode
+):
+    alone = one("best", tmp_path)
+    assert alone["stop_reason"] == "early_stop"
+    assert alone["best_step"] < alone["steps"] < 60
+    for rank in two:
+        found = rank[f"{mode}.best"]
+        for key in ("stop_reason", "steps", "best_step"):
+            assert found[key] == alone[key]
+    assert_same_run(two[0][f"{mode}.best"], alone)
+    assert codes_in(ranks_folder / "2" / f"{mode}.best") == codes_in(tmp_path / "best")
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_in_bfloat16_stay_near(two, mode):
+    near, exact = two[0][f"{mode}.bf16"]["losses"], two[0][f"{mode}.equal"]["losses"]
     assert near != exact
     assert near[:10] == pytest.approx(exact[:10], rel=0.05)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_a_stop_that_one_rank_asks_for_is_that_of_all_and_changes_nothing(two, mode):
+@pytest.mark.parametrize(("mode", "raised"), [("ddp", "Terminated"), ("fsdp", "Interrupted")])
+def test_a_signal_to_one_rank_stops_all_and_changes_nothing(two, mode, raised):
+    """SIGTERM, and Ctrl-C."""
     found = [r[f"{mode}.stopped"] for r in two]
     assert [f["first"]["steps"] for f in found] == [8, 8]
-    assert found[0]["first"]["stop_reason"] == "interrupted"
+    assert [f["first"]["stop_reason"] for f in found] == ["interrupted", "interrupted"]
+    assert [f["first"]["raised"] for f in found] == [None, raised]
     assert found[0]["first"]["losses"] + found[0]["rest"]["losses"] == two[0][f"{mode}.equal"]["losses"]
 
 
@@ -274,8 +295,22 @@ def test_one_process_has_no_group(monkeypatch):
 
 def test_ranks_without_a_place_to_meet_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ForgeError, match="torchrun --nproc-per-node"):
+    with pytest.raises(
+        ForgeError, match=r"no RANK or MASTER_ADDR or MASTER_PORT: .*torchrun --nproc-per-node"
+    ):
         launched()
+
+
+def test_ranks_whose_place_to_meet_is_taken_say_so_in_one_line(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", **place}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ForgeError, match=f"{':'.join(place.values())}: another program has that port"
+        ) as told:
+            join("cpu")
+    assert "\n" not in str(told.value)
 
 
 def group(**own):
@@ -296,6 +331,15 @@ def test_what_parts_cannot_do_is_refused_with_a_remedy(options, remedy):
     config = jobs.pipeline(jobs.Path("x"), "fsdp").config.model_copy(update=options)
     with pytest.raises(UsageError, match=remedy):
         shard(nn.Linear(2, 2), config, Ranks(), torch.device("cpu"))
+
+
+def test_blocks_stay_gathered_where_their_codes_are_small_beside_what_a_rank_keeps():
+    """21 bytes of state a weight, of which each rank has its part, against a quarter of a byte of codes."""
+    coded, plain = nn.Linear(40, 10, bias=False), nn.Linear(40, 10, bias=False)
+    coded.weight = nn.Parameter(ShardedLatent(torch.zeros(10, 40)))
+    assert may_stay_gathered(coded, [coded], 21)
+    assert not may_stay_gathered(coded, [coded], 22)
+    assert not may_stay_gathered(plain, [plain], 2)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from phase5_training import checkpoint, cli, create_training_pipeline, report, s
 from phase5_training.checkpoint import CheckpointStore
 from phase5_training.distributed import join
 from phase5_training.errors import ForgeError
+from phase5_training.signals import Interrupted, Terminated
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 STEPS, SHORT = 50, 16
@@ -97,7 +98,11 @@ def figures(made) -> dict:
 
     made.register_callback("log", log)
     made.register_callback("eval_end", validated)
-    result = made.run()
+    raised = None
+    try:
+        result = made.run()
+    except (Interrupted, Terminated) as stopped:
+        result, raised = stopped.result, type(stopped).__name__
     weights = {k: v.double() for k, v in result.model.state_dict().items()} if RANK == 0 else {}
     weights |= {k: v.double() for k, v in made.loss.state_dict().items()}
     return {
@@ -108,6 +113,7 @@ def figures(made) -> dict:
         "weights": {k: v.sum().item() for k, v in weights.items()},
         "steps": result.metrics["steps"],
         "stop_reason": result.stop_reason,
+        "raised": raised,
         "samples": result.metrics["samples"],
     }
 
@@ -155,10 +161,12 @@ def floats(folder: Path, mode: str) -> dict:
 
 
 def stopped(folder: Path, mode: str) -> dict:
-    """The last rank alone asks for a stop after step 7; the run then goes on to its end."""
-    made = pipeline(folder, mode)
+    """The last rank alone gets a signal after step 7; the run then goes on to its end."""
+    made, number = pipeline(folder, mode), signal.SIGTERM if mode == "ddp" else signal.SIGINT
     if RANK == WORLD - 1:
-        made.register_callback("step_end", lambda step, m: made.stop() if step == 7 else None)
+        made.register_callback(
+            "step_end", lambda step, m: os.kill(os.getpid(), number) if step == 7 else None
+        )
     first = figures(made)
     rest = figures(pipeline(folder, mode, overwrite=False, auto_resume=True))
     return {"first": first, "rest": rest}
@@ -301,9 +309,9 @@ def noisy(folder: Path, mode: str) -> dict:
 
 
 def best(folder: Path, mode: str) -> dict:
-    """The best of several validations, which is not the last, is what the run gives."""
+    """The best of several validations, which is not the last, is what the run gives; it stops early."""
     options = {"early_stopping": True, "monitor": "accuracy", "eval_interval": 4, "learning_rate": 0.05}
-    made = pipeline(folder, mode, max_steps=24, **options)
+    made = pipeline(folder, mode, max_steps=60, patience=2, **options)
     found = figures(made)
     return {**found, "best_step": made.loop.early_stopping.best_step}
 
