@@ -60,7 +60,7 @@ def attribution_table(rows: Sequence[Row]) -> Table | None:
 def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be read beside the tables, a sentence each."""
     first = [row for row in rows if row["target"] == rows[0]["target"]]
-    said = [f"computed in {how}: {', '.join(names)}" for how, names in _computed(first).items()]
+    said = [f"computed in {how}: {'; '.join(names)}" for how, names in _computed(first).items()]
     for row in first:
         if row["errors"]:
             said.append(f"{_title(row)}: {row['errors']} of {row['seeds']} runs failed ({row['error']})")
@@ -96,10 +96,14 @@ def _computed(rows: Sequence[Row]) -> dict[str, list[str]]:
     """Precision and compilation -> titles of the recipes."""
     found: dict[str, list[str]] = {}
     for row in rows:
-        compiled = " and ".join("compiled" if each else "not compiled" for each in row["compiled"])
-        how = ", ".join(filter(None, (" and ".join(row["precision"]), compiled))) or "nothing"
-        found.setdefault(how, []).append(_title(row))
+        if row["precision"]:  # else no run came so far
+            found.setdefault(_how(row), []).append(_title(row))
     return found
+
+
+def _how(row: Row) -> str:
+    compiled = " and ".join("compiled" if each else "not compiled" for each in row["compiled"])
+    return ", ".join(filter(None, (" and ".join(row["precision"]), compiled)))
 
 
 def _with_tuning(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -110,7 +114,7 @@ def _with_tuning(row: Row, rows: Sequence[Row]) -> list[str]:
         return []
     return [
         f"{_title(row)}, {_target(row['target'])}: with the tuning of both counted {mine / theirs:.2f} of "
-        f"{_title(bases[0])} ({mine:.0f} and {theirs:.0f} s)"
+        f"{_title(bases[0])} ({mine:.3g} and {theirs:.3g} s)"
     ]
 
 
@@ -140,6 +144,7 @@ def comparison_rows(runs: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
                 "tuning_seconds": row["tuning_seconds"],
                 "test": row["test"][1],
                 "figure": row["figure"],
+                "note": _how(row),
                 "curve": [[seconds, figure] for _, seconds, figure in shown["curve"]],
             }
         )

@@ -322,11 +322,12 @@ class TestRuns:
         assert summary[0]["failures"] == 2  # 24 steps at 1e-4 teach nothing
         assert (summary[1]["tuning_steps"], summary[0]["tuning_steps"]) == (11, 0)
         assert "float, plain settings, 0.9: 2 of 2 seeds did not hold it to the cap of 24 steps" in out
-        every = ", ".join(RECIPES[name].title for name in ("plain", "float", "naive", "forge"))
+        every = "; ".join(RECIPES[name].title for name in ("plain", "float", "naive", "forge"))
         assert f"computed in float32, not compiled: {every}" in out
         page = Path(found["report"]).read_text()
         for name in ("plain", "float", "naive", "forge"):
             assert RECIPES[name].title in page
+        assert "float32, not compiled" in page
         assert str(tmp_path) not in (tmp_path / "rows.jsonl").read_text()
 
     def test_a_run_stops_when_the_target_is_held(self, task_files, tmp_path, no_report):

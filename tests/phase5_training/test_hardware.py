@@ -74,6 +74,13 @@ def test_bf16_has_to_be_clearly_faster(monkeypatch, ratio, faster):
     assert hardware.bf16_is_faster_on_this_cpu() is faster
 
 
+def test_other_work_on_the_machine_does_not_make_bf16_fast(monkeypatch):
+    """Most of the float32 products are disturbed and most of the others are not."""
+    times = {torch.float32: iter([1.0] + [9.0] * 8 + [1.0] + [9.0] * 6), torch.bfloat16: iter([1.8] * 16)}
+    monkeypatch.setattr(hardware, "_time_product", lambda x: next(times[x.dtype]))
+    assert hardware.bf16_is_faster_on_this_cpu() is False
+
+
 def test_measuring_bf16_leaves_the_generator_alone():
     state = torch.get_rng_state()
     hardware.bf16_is_faster_on_this_cpu()
