@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from phase4_bitnet import build_model
 from phase5_training import BitNetOptimizer
+from phase5_training.bench_run import circumstances
 from phase5_training.pipeline.bitnet_optimizer import build_optimizer
-from phase5_training.records import machine
 
 CASES = {
     "float, AdamW": ("adamw", {"ternary": False}),
@@ -60,8 +60,8 @@ def main() -> None:
             json.dumps(
                 {
                     "case": name, "dim": found.dim, "tokens": x.numel(), "median_ms": statistics.median(ms),
-                    "min_ms": min(ms), "rounds": found.rounds, "threads": torch.get_num_threads(),
-                    "ratio_to_float_quartiles": quartiles, "machine": machine(),
+                    "min_ms": min(ms), "rounds": found.rounds, "ratio_to_float_quartiles": quartiles,
+                    **circumstances(),
                 }
             )
         )  # fmt: skip

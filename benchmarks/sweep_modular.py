@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from phase5_training import create_training_pipeline
-from phase5_training.records import machine
+from phase5_training.bench_run import circumstances
 from phase5_training.tasks import load_task
 
 TARGET, HELD, EVERY = 0.95, 3, 15
@@ -52,7 +52,7 @@ def run(
         "steps_to_target": first[0] if first else None,
         "seconds_to_target": first[2] if first else None, "best_accuracy": max(a for _, a, _ in seen),
         "steps": result.metrics["steps"], "seconds": result.metrics["training_time_seconds"],
-        "machine": machine(),
+        **circumstances(),
     }  # fmt: skip
 
 

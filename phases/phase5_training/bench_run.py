@@ -129,7 +129,7 @@ def warm_up(contest: Contest, recipes: Iterable[tuple[Recipe, Tuned | None]], st
     with tempfile.TemporaryDirectory() as folder, _cold_compiler():
         aside = replace(contest, folder=Path(folder))
         for recipe, tuned in recipes:
-            options = {**options_of(contest, recipe, tuned), "eval_interval": steps}
+            options = {**options_of(contest, recipe, tuned), "eval_interval": steps, "trackers": []}
             pipeline = make_pipeline(aside, recipe, options, 0, "warm-up")
             pipeline.register_callback("eval_end", lambda *_, pipeline=pipeline: pipeline.stop())
             with contextlib.suppress(RunFailed):

@@ -88,7 +88,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
                     f"{told}: < is a bound, since {RECIPES[base].title} did not hold it on "
                     f"{row[f'bounds_{base}']} of {row['seeds']} seeds"
                 )
-        said += _with_tuning(row, rows)
+    for target in dict.fromkeys(row["target"] for row in rows):
+        said += _with_tuning([row for row in rows if row["target"] == target])
     return said
 
 
@@ -106,16 +107,19 @@ def _how(row: Row) -> str:
     return ", ".join(filter(None, (" and ".join(row["precision"]), compiled)))
 
 
-def _with_tuning(row: Row, rows: Sequence[Row]) -> list[str]:
-    """The ratio to float with the tuning of both counted; nothing for float itself."""
-    bases = [r for r in rows if (r["recipe"], r["target"]) == (BASELINES[0], row["target"])]
-    mine, theirs = (each["seconds_with_tuning"] for each in (row, *bases)) if bases else (None, None)
-    if row["recipe"] == BASELINES[0] or mine is None or theirs is None:
+def _with_tuning(rows: Sequence[Row]) -> list[str]:
+    """The ratios to float for one target with the tuning of both counted; nothing without float."""
+    known = [row for row in rows if row["seconds_with_tuning"] is not None]
+    base = next((row for row in known if row["recipe"] == BASELINES[0]), None)
+    if base is None or len(known) < 2:
         return []
-    return [
-        f"{_title(row)}, {_target(row['target'])}: with the tuning of both counted {mine / theirs:.2f} of "
-        f"{_title(bases[0])} ({mine:.3g} and {theirs:.3g} s)"
-    ]
+    whole = base["seconds_with_tuning"]
+    each = "; ".join(
+        f"{_title(row)} {row['seconds_with_tuning'] / whole:.2f} ({row['seconds_with_tuning']:.3g} s)"
+        for row in known
+        if row is not base
+    )
+    return [f"{_target(base['target'])}, / {_title(base)} ({whole:.3g} s) with all tuning counted: {each}"]
 
 
 def comparison_rows(runs: Sequence[Row], rows: Sequence[Row]) -> list[Row]:

@@ -148,7 +148,7 @@ class TestSummaries:
         assert "float AdamW, tuned: 1 of 3 runs failed (loss was NaN)" in said
         assert any("stopped once they held" in note for note in said)
         # Two seconds to the target each, so 4 against 10.
-        assert "Forge, 0.95: with the tuning of both counted 0.40 of float AdamW, tuned (4 and 10 s)" in said
+        assert "0.95, / float AdamW, tuned (10 s) with all tuning counted: Forge 0.40 (4 s)" in said
         assert rows[0]["capped"] == 0  # the run that failed met no cap
         assert [list(c.cells) for c in result_table(rows).columns][9] == ["- / 0.5 / 0.5", "0.5 / 0.5 / 0.5"]
 
@@ -381,6 +381,7 @@ class TestRuns:
         make = bench_run.make_pipeline
 
         def kept(contest, recipe, options, seed, run):
+            assert run != "warm-up" or options["trackers"] == []  # nothing is mirrored that nobody records
             pipeline = make(contest, recipe, options, seed, run)
             row = [recipe.title, run, 0]
             order.append(row)
