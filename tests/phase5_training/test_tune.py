@@ -9,10 +9,10 @@ import torch
 import yaml
 from torch import nn
 
-from phase5_training import UsageError, create_training_pipeline
+from phase5_training import UsageError, create_training_pipeline, hardware
 from phase5_training.cli import main
 from phase5_training.config import TrainingConfig, parse_config
-from phase5_training.tune import Trial, judged_by, search, trial_config
+from phase5_training.tune import Trial, judged_by, search, trial_config, tune
 
 BEST = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 1.0, "use_grokfast": False}
 
@@ -111,6 +111,21 @@ class TestSearch:
 
     def test_no_trial_judges_by_training(self):
         assert judged_by([]) == "training"
+
+
+def test_all_trials_are_in_one_precision(monkeypatch):
+    """ "auto" is a measurement; made anew by each trial it might come out otherwise for one of a pair."""
+    monkeypatch.setattr(hardware, "bf16_is_faster_on_this_cpu", iter([True] + [False] * 99).__next__)
+    seen = []
+
+    def trial(make, config, options):
+        seen.append(config.use_amp)
+        return planted()(options, config.max_steps)
+
+    monkeypatch.setattr("phase5_training.tune.run_trial", trial)
+    tune(TrainingConfig(device="cpu"), 10_000, make=None)
+    assert len(seen) > 3
+    assert {*seen} == {True}
 
 
 def test_a_trial_has_the_runs_schedule_squeezed():
