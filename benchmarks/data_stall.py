@@ -10,7 +10,8 @@ import torch
 
 from interleave import quartiles
 
-STALL_STEPS = {"digits": 510, "breast_cancer": 600, "modular_mul": 150, "python_text": 300}
+# About as many as are read together, or a multiple: what is read for steps that do not come counts too.
+STALL_STEPS = {"digits": 512, "breast_cancer": 1024, "modular_mul": 150, "python_text": 300}
 
 
 class ProcessorTime:

@@ -414,6 +414,42 @@ def cut_hdf5(folder: Path) -> Path:
     return path
 
 
+TEXT = b"a" * (2 << 20)
+
+
+def one_text_in_all_rows(folder: Path, name: str) -> Path:
+    """Each row refers to the same 2 MB: their length and place in the heap of the file."""
+    path, rows = folder / "a.h5", 1500
+    with h5py.File(path, "w") as file:
+        texts = file.create_dataset(f"dataset/{name}", (rows,), h5py.string_dtype())
+        texts[:] = [TEXT] + [b""] * (rows - 1)
+        place = texts.id.get_offset()
+        if name != "inputs":
+            file["dataset/inputs"] = np.ones((rows, 2), np.float32)
+    repeat(path, place, rows)
+    return path
+
+
+def one_text_in_an_attribute(folder: Path) -> Path:
+    """The same among the attributes; the only record is bad."""
+    path, rows = folder / "a.h5", 4000
+    with h5py.File(path, "w") as file:
+        file["dataset/inputs"] = np.array([[np.nan]])
+        file["dataset"].attrs.create("notes", [TEXT] + [b""] * (rows - 1), dtype=h5py.string_dtype())
+    raw = path.read_bytes()
+    repeat(path, raw.index(struct.pack("<I", len(TEXT)), raw.index(b"notes")), rows)
+    return path
+
+
+def repeat(path: Path, place: int, rows: int) -> None:
+    """Put the 16 bytes at a place of a file there so many times."""
+    with path.open("r+b") as file:
+        file.seek(place)
+        reference = file.read(16)
+        file.seek(place)
+        file.write(reference * rows)
+
+
 HDF5 = [
     Case("hdf5 external link to the inputs", linked("dataset/inputs", "dataset/inputs"), "external link"),
     Case("hdf5 external link to the group", linked("dataset", "dataset"), "external link"),
@@ -498,6 +534,9 @@ HDF5 = [
         ),
         "wanted numbers or strings",
     ),
+    Case("hdf5 of one text in all rows", lambda f: one_text_in_all_rows(f, "inputs"), "share it"),
+    Case("hdf5 of one target in all rows", lambda f: one_text_in_all_rows(f, "targets"), "share it"),
+    Case("hdf5 of one text in an attribute", one_text_in_an_attribute, "record 0 has .*NaN|not finite"),
     Case("hdf5 cut short", cut_hdf5, "cannot be opened as HDF5"),
     Case("hdf5 that is none", raw(b"\x89HDF\r\n\x1a\n" + b"\xff" * 500, "a.h5"), "cannot be opened as HDF5"),
 ]
@@ -874,6 +913,16 @@ JSON = [
         raw(b'{"samples": [' + GOOD + b", " + GOOD[:20], "a.json"),
         "byte 49.* is cut off",
         {1: "unreadable"},
+    ),
+    Case(
+        "json of millions of empty records",
+        raw(lambda: b"[" + b"{}," * 3_000_000 + b"{}]", "a.json"),
+        "no 'input'",
+    ),
+    Case(
+        "json of millions of numbers",
+        raw(lambda: b"[" + b"1," * 6_000_000 + b"1]", "a.json"),
+        "not valid JSON",
     ),
     Case("json of brackets", raw(b"[" * 10**6, "a.json"), "cut off|not valid JSON"),
     Case("json of open objects", raw(b'{"samples":' * 10**5, "a.json"), "no records|not valid JSON"),

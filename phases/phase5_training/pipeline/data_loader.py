@@ -154,10 +154,10 @@ class ForgeDataLoader:
         epoch, first = self._position
         self._position = (epoch + 1, 0)
         if self._crosses_epochs:
-            for batch in range(first, self._batches):
-                if (epoch, batch) not in self._ready:
-                    self._ready = self._read_on(epoch, batch)
-                yield self._ready.pop((epoch, batch))
+            for batch in range(epoch * self._batches + first, (epoch + 1) * self._batches):
+                if batch not in self._ready:
+                    self._ready = self._read_on(batch)
+                yield self._ready.pop(batch)
             return
         order = self._portions(epoch, first)
         fetch = (
@@ -168,23 +168,21 @@ class ForgeDataLoader:
             self._lookups += lookups
             yield from batches
 
-    def _read_on(self, epoch: int, batch: int) -> dict[tuple[int, int], dict[str, Any]]:
+    def _read_on(self, start: int) -> dict[int, dict[str, Any]]:
         """The batches from here on that are read together, those of the next epochs among them.
 
         Otherwise each short epoch would begin with a read of its own, which costs as much as a small step.
         """
-        at = epoch * self._batches + batch
         # The first batch of all is not to wait for others.
-        end = at + (self._together if self._begun else 1)
+        end = start + (self._together if self._begun else 1)
         self._begun = True
-        places, parts = list[tuple[int, int]](), list[np.ndarray]()
+        at, parts = start, list[np.ndarray]()
         while at < end:
             epoch, first = divmod(at, self._batches)
             last = min(first + end - at, self._batches)
-            places += [(epoch, batch) for batch in range(first, last)]
             parts += self._part(epoch, first, last)
             at += last - first
-        return dict(zip(places, self._prepared.batches(parts), strict=True))
+        return dict(zip(range(start, end), self._prepared.batches(parts), strict=True))
 
     def _portions(self, epoch: int, first: int) -> Iterator[list[np.ndarray]]:
         """The rest of an epoch in portions of batches that are read together: positions of each batch."""

@@ -20,10 +20,21 @@ from phase5_training.pipeline.formats.columns import Columns, Targets, Values
 from phase5_training.pipeline.formats.hdf5_chunks import check_chunks, check_filters, damage_told
 from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
 from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
-from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source, check_width
+from phase5_training.pipeline.formats.source import (
+    CHUNK_BYTES,
+    INFLATED_FLOOR,
+    Access,
+    ReadOptions,
+    Source,
+    check_width,
+)
 
 _MAX_LINKS = 8
 BLOCK_BYTES = 1 << 20  # read at a time where the file has no chunks
+TEXT_SHARE = (
+    16  # bytes of text for each byte of the file: rows may share one text, and no common writer does so
+)
+MAX_SHOWN = 200  # characters of an attribute
 
 
 def open_hdf5(path: Path, options: ReadOptions) -> Source:
@@ -71,14 +82,18 @@ class Hdf5Source:
                     )
             if not self._length:
                 raise DataError(f"{path}: {self.names['inputs']} is empty; wanted at least one record")
-            sets = [file[where] for where in self.names.values()]
-            self.nbytes = sum(d.size * max(d.dtype.itemsize, 1) for d in sets)
+            self._stored = path.stat().st_size
+            self.nbytes = sum(self._size(file[where]) for where in self.names.values())
             data = file[self.names["inputs"]]
-            self._row_bytes = max(1, data.nbytes // self._length)
+            self._row_bytes = max(1, self._size(data) // self._length)
             self._block_rows = data.chunks[0] if data.chunks else max(1, BLOCK_BYTES // self._row_bytes)
-            self._attributes = {k: _plain(v) for k, v in group.attrs.items()}
+            self._attributes = _shown(group.attrs)
             metadata = group.get("metadata")
-            self._metadata = {k: _plain(v) for k, v in metadata.attrs.items()} if metadata is not None else {}
+            self._metadata = _shown(metadata.attrs) if metadata is not None else {}
+
+    def _size(self, data: h5py.Dataset) -> int:
+        """Bytes of a data set; texts of any length lie elsewhere in the file, and fill it at most."""
+        return self._stored if _is_text(data) else data.nbytes
 
     def _refuse_links(self, group: h5py.Group, where: str) -> None:
         """Refuse a path that leaves the file at any step, through any chain of soft links."""
@@ -185,6 +200,8 @@ class Hdf5Source:
         text = h5py.check_string_dtype(data.dtype)
         if text is None and data.dtype.kind not in "biuf":
             raise DataError(f"{self.path}: {where} holds {data.dtype}; wanted numbers or strings")
+        if _is_text(data) and data.ndim > 1:
+            raise DataError(f"{self.path}: {where} has shape {data.shape}; wanted one text for each record")
         if data.chunks:
             written, needed = data.id.get_num_chunks(), 1
             for size, chunk in zip(data.shape, data.chunks, strict=True):
@@ -215,7 +232,41 @@ class Hdf5Source:
     def read_all(self, name: str) -> np.ndarray:
         """One column, whole; strings as Python objects."""
         with damage_told(self.path):
-            return _read(self._data(name), slice(None))
+            return self._read(self._data(name), [0], [self._length])
+
+    def _read(self, data: h5py.Dataset, begins: list[int], ends: list[int]) -> np.ndarray:
+        """Several stretches of rows, one after the other in one array; texts as Python objects."""
+        text = h5py.check_string_dtype(data.dtype)
+        if text is not None and text.length is None:
+            return self._texts(data, begins, ends, text.encoding)
+        rows, at = np.empty((sum(ends) - sum(begins), *data.shape[1:]), data.dtype), 0
+        for a, b in zip(begins, ends, strict=True):
+            data.read_direct(rows, np.s_[a:b], np.s_[at : at + b - a])
+            at += b - a
+        return rows if text is None else np.char.decode(rows, text.encoding, "replace").astype(object)
+
+    def _texts(self, data: h5py.Dataset, begins: list[int], ends: list[int], encoding: str) -> np.ndarray:
+        """Texts of any length, a few at a time: how long one is shows when it is read."""
+        limit = max(INFLATED_FLOOR, TEXT_SHARE * self._stored)
+        step = max(TEXT_SHARE, INFLATED_FLOOR // self._stored)  # none is longer than the file
+        space, memory = data.id.get_space(), h5py.h5t.py_create(data.dtype)
+        texts: list[str] = []
+        held = 0
+        for a, b in zip(begins, ends, strict=True):
+            for start in range(a, b, step):
+                raw = np.empty(min(step, b - start), object)
+                space.select_hyperslab((start,), raw.shape)
+                data.id.read(h5py.h5s.create_simple(raw.shape), space, raw, memory)
+                held += sum(map(len, raw))
+                if held > limit:
+                    raise DataError(
+                        f"{self.path}: {data.name} holds over {limit / 1e6:.0f} MB of text in a file of "
+                        f"{self._stored / 1e6:.3g} MB: its records share it; write each its own"
+                    )
+                texts += [text.decode(encoding, "replace") for text in raw]
+        rows = np.empty(len(texts), object)
+        rows[:] = texts
+        return rows
 
     def _gather(self, name: str, indices: np.ndarray) -> Values:
         """Rows in any order: touched chunks are read once each, in file order."""
@@ -228,7 +279,7 @@ class Hdf5Source:
         shift = np.repeat(lasts - ends, np.diff([0, *cuts, len(wanted)]))
         places = np.empty_like(order)
         places[order] = wanted + shift
-        values = _read_stretches(data, begins.tolist(), ends.tolist())[places]
+        values = self._read(data, begins.tolist(), ends.tolist())[places]
         return values.tolist() if values.dtype.kind == "O" else values
 
     def _columns(self, indices: np.ndarray) -> Columns:
@@ -276,29 +327,26 @@ class Hdf5Source:
         }
 
 
-def _read_stretches(data: h5py.Dataset, begins: list[int], ends: list[int]) -> np.ndarray:
-    """Several stretches of rows, one after the other in one array."""
-    if len(begins) == 1 or h5py.check_string_dtype(data.dtype) is not None:
-        return np.concatenate([_read(data, slice(a, b)) for a, b in zip(begins, ends, strict=True)])
-    total = sum(ends) - sum(begins)
-    rows, at = np.empty((total, *data.shape[1:]), data.dtype), 0
-    for a, b in zip(begins, ends, strict=True):
-        data.read_direct(rows, np.s_[a:b], np.s_[at : at + b - a])
-        at += b - a
-    return rows
+def _is_text(data: h5py.Dataset) -> bool:
+    """Whether its values are texts of any length, which lie elsewhere in the file."""
+    text = h5py.check_string_dtype(data.dtype)
+    return text is not None and text.length is None
 
 
-def _read(data: h5py.Dataset, rows: slice) -> np.ndarray:
-    if h5py.check_string_dtype(data.dtype) is not None:
-        values = data.asstr(errors="replace")[rows]
-        return np.asarray(values, dtype=object)
-    return data[rows]
+def _shown(attributes: h5py.AttributeManager) -> dict[str, Any]:
+    """Attributes as something JSON can hold, long ones cut."""
+    found = {}
+    for name in attributes:
+        kind = attributes.get_id(name)
+        # Many texts are read at once or not at all, and all may be one and the same in the file.
+        many = kind.dtype.hasobject and (kind.shape or kind.dtype.kind != "O")
+        found[name] = f"values of shape {kind.shape}" if many else _plain(attributes[name])
+    return found
 
 
 def _plain(value: Any) -> Any:
-    """An attribute as something JSON can hold; arrays are cut to their first eight values."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
+        return value[:MAX_SHOWN].decode("utf-8", "replace")
     if isinstance(value, np.ndarray):
-        return value.reshape(-1)[:8].tolist()
-    return value.item() if isinstance(value, np.generic) else str(value)
+        return [_plain(v) for v in value.reshape(-1)[:8]]
+    return value.item() if isinstance(value, np.generic) else str(value)[:MAX_SHOWN]

@@ -35,6 +35,9 @@ from phase5_training.pipeline.formats.row_file import narrowed
 from phase5_training.pipeline.formats.source import CHUNK_ROWS, Access, ArraySource, ReadOptions, Source
 
 WHOLE_BYTES = 16 << 20  # a .json file up to this size is parsed as one document
+WHOLE_OBJECTS = (
+    200_000  # of so many records, objects and lists: one of 2 bytes takes 64, and more where it is bad
+)
 TEXT_GROWTH = 4  # a digit and a comma become eight bytes at most
 MAX_GAP = 4096  # bytes between two records that are read over rather than sought over
 FIRST = 64  # records that fix the form of the others
@@ -87,11 +90,15 @@ def _whole(path: Path) -> Source | None:
     raw = path.read_bytes()
     if not raw.strip():
         raise DataError(f'{path}: the file is empty; wanted {{"samples": [...]}} or a list of records')
+    if raw.count(b"{") + raw.count(b"[") > WHOLE_OBJECTS:
+        return None
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError:
         return None
-    if fault_of(raw, data) is not None:
+    records = data.get("samples") if isinstance(data, dict) else data
+    many = isinstance(records, list) and len(records) > WHOLE_OBJECTS
+    if many or fault_of(raw, data) is not None:
         return None
     source = source_from_object(data, "json", str(path))
     return None if any(holds_huge_floats(chunk) for chunk in source.iterate()) else source

@@ -176,11 +176,14 @@ class RecordColumns:
         """Convert ``records``, whose positions in the source are ``index``."""
         inputs, targets, quality, kept = [], [], [], []
         bad: dict[int, str] = {}
+        said: dict[str, str] = {}
         for position, record in zip(index, records, strict=True):
             try:
                 value, target, q = self._split(record)
             except ValueError as error:
-                bad[int(position)] = str(error)
+                # One text for all that fail alike: a file may bring millions.
+                reason = str(error)
+                bad[int(position)] = said.setdefault(reason, reason)
                 continue
             inputs.append(value)
             targets.append(target)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.formats import open_source
+from phase5_training.pipeline.formats import hdf5, open_source
 from phase5_training.pipeline.formats.source import ReadOptions
 
 MODES = [ReadOptions(), ReadOptions(streaming=True)]
@@ -54,6 +54,44 @@ def test_text_quality_attributes_and_named_targets(tmp_path, options):
     assert columns.quality.tolist() == [0.5, 0.1]
     assert source.describe()["attributes"] == {"source": "test"}
     assert source.describe()["metadata"] == {"version": 3}
+
+
+@pytest.mark.parametrize("options", MODES, ids=["memory", "streaming"])
+def test_texts_of_any_length_are_read_a_few_at_a_time(tmp_path, options, monkeypatch):
+    monkeypatch.setattr(hdf5, "INFLATED_FLOOR", 1)  # 16 at a time
+    texts = ["é" * (i * 7 % 50) + str(i) for i in range(50)]
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("dataset/inputs", data=texts, dtype=h5py.string_dtype(), chunks=(20,))
+        file["dataset/targets"] = np.array([text.encode() for text in texts])  # of one length, padded
+    source = open_source(tmp_path / "a.h5", options)
+    order = np.random.default_rng(0).permutation(50)
+    columns = source.gather(order)
+    assert columns.input == [texts[i] for i in order]
+    assert columns.target == [
+        texts[i].encode().decode("ascii", "replace") for i in order
+    ]  # so it is declared
+    assert [text for chunk in source.iterate() for text in chunk.input] == texts
+
+
+def test_texts_in_place_are_read_in_portions_that_go_by_the_size_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(hdf5, "CHUNK_BYTES", 20_000)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("dataset/inputs", data=["a" * 1000] * 200, dtype=h5py.string_dtype())
+    source = open_source(tmp_path / "a.h5", MODES[1])
+    assert source.nbytes == (tmp_path / "a.h5").stat().st_size > 200_000
+    assert all(len(chunk.input) <= 20 for chunk in source.iterate())
+
+
+def test_long_attributes_are_cut(tmp_path):
+    with h5py.File(write(tmp_path / "a.h5"), "r+") as file:
+        attributes = file["dataset"].attrs
+        attributes["note"], attributes["notes"] = "n" * 999, ["a", "b"]
+        attributes["figures"] = np.arange(20)
+    assert open_source(tmp_path / "a.h5").describe()["attributes"] == {
+        "note": "n" * 200,
+        "notes": "values of shape (2,)",
+        "figures": [0, 1, 2, 3, 4, 5, 6, 7],
+    }
 
 
 def test_arrays_at_the_top_level(tmp_path):
@@ -141,6 +179,10 @@ def scalar(file, folder):
     file["dataset/inputs"] = 3.0
 
 
+def table_of_texts(file, folder):
+    file.create_dataset("dataset/inputs", data=[["a", "b"], ["c", "d"]], dtype=h5py.string_dtype())
+
+
 def empty(file, folder):
     file["dataset/inputs"] = np.zeros((0, 3))
 
@@ -167,6 +209,7 @@ def both(file, folder):
         (endless_links, "chain of more than 8 soft links"),
         (compound, "wanted numbers or strings"),
         (ragged, "wanted numbers or strings"),
+        (table_of_texts, r"has shape \(2, 2\); wanted one text for each record"),
         (plugin, "plug-in filter 32015"),
         (scalar, "is not an array with one row per record"),
         (empty, "is empty; wanted at least one record"),

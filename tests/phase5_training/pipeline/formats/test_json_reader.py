@@ -351,3 +351,17 @@ def test_columns_of_json(tmp_path):
     columns = read(tmp_path / "a.json")
     assert columns.input.tolist() == [[1.5, 2], [3, 4]]
     assert columns.target.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("records", [[], [[1, 2]] * 3])
+def test_many_small_records_are_read_one_by_one_with_the_same_result(tmp_path, monkeypatch, records):
+    records = records + [{"input": [i, i / 2], "target": i % 3} for i in range(30)]
+    (tmp_path / "a.json").write_text(json.dumps({"samples": records, "name": "small"}))
+    whole = open_source(tmp_path / "a.json")
+    monkeypatch.setitem(open_source.__globals__["open_json"].__globals__, "WHOLE_OBJECTS", 10)
+    walked = open_source(tmp_path / "a.json")
+    ((first,), (second,)) = whole.iterate(), walked.iterate()
+    assert np.array_equal(first.input, second.input)
+    assert np.array_equal(first.target, second.target)
+    assert first.bad == second.bad
+    assert len(first.bad) == len(records) - 30
