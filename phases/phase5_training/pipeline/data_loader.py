@@ -86,9 +86,7 @@ class ForgeDataLoader:
         self._begun = False
         self._makes_ahead = not self.config.num_workers and prepared.reads_ahead
         self._crosses_epochs = self._makes_ahead and prepared.source.access == "memory"
-        self._ready: dict[
-            tuple[int, int], dict[str, Any]
-        ] = {}  # by epoch and batch, where epochs are crossed
+        self._ready: dict[int, dict[str, Any]] = {}  # by their number from the first epoch on
         self._workers: DataLoader | None = None
         self._board: WorkerBoard | None = None
         self._pending = _Pending()
