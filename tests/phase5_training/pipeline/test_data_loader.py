@@ -808,13 +808,13 @@ def test_hdf5_in_place_is_shuffled_by_chunks_and_each_is_read_once(tmp_path, wor
     options = {"batch_size": 8, "memory_limit_mb": 0, "shuffle_buffer": 80, "num_workers": workers}
     loader = load(path, **options)
     reads = []
-    original = hdf5._read_stretches
+    original = hdf5.Hdf5Source._read
 
-    def counting(data, begins, ends):
+    def counting(source, data, begins, ends):
         reads.extend(zip(begins, ends, strict=True))
-        return original(data, begins, ends)
+        return original(source, data, begins, ends)
 
-    monkeypatch.setattr(hdf5, "_read_stretches", counting)
+    monkeypatch.setattr(hdf5.Hdf5Source, "_read", counting)
     orders = []
     for epoch in range(2):
         batches = list(loader)
