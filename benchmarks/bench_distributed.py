@@ -22,6 +22,7 @@ A row of --output holds, with one figure a round where it is a list,
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import statistics
@@ -31,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -122,8 +123,19 @@ class Case:
         words += [f"--nproc-per-node={self.ranks}", __file__, "--rank-of", f"{self.name}|{self.folder}"]
         words += [f"--{key}={getattr(own, key)}" for key in ("width", "layers", "tokens", "steps", "tries")]
         self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
-        self._pipes = [(go.open("w"), done.open()) for go, done in places]
+        self._pipes = [(self._opened(go), done.open()) for go, done in places]
         return self
+
+    def _opened(self, pipe: Path) -> TextIO:
+        """To write to; a rank reads it once it is there."""
+        while self._process.poll() is None:
+            try:
+                return os.fdopen(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK), "w")
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                time.sleep(0.1)
+        sys.exit(f"{self.name} ended before its first turn")
 
     def __exit__(self, *error: object) -> None:
         for go, done in self._pipes:
@@ -138,7 +150,10 @@ class Case:
         for go, _ in self._pipes:
             go.write("go\n")
             go.flush()
-        found = [json.loads(done.readline()) for _, done in self._pipes]
+        lines = [done.readline() for _, done in self._pipes]
+        if not all(lines):
+            sys.exit(f"{self.name} ended during a turn")
+        found = [json.loads(line) for line in lines]
         seconds, busy = time.perf_counter() - began, busy_seconds() - busy
         own = sum(rank.pop("processor_seconds") for rank in found)
         cpu = statistics.mean(rank["cpu_ms"] for rank in found)
