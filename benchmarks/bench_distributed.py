@@ -7,11 +7,15 @@ Every case has a torchrun of its own, and they take turns of a few steps, so tha
 on all alike. A rank has the same tokens a step in all cases: weak scaling, the batch of two processes is
 twice that of one. Two processes wait for the slower one, so that a third program costs them more than it
 costs one alone: a round in which others took more than --others of a core during any turn is taken again.
+
+With --core all share that core, and --others counts what else runs there. What is left of the efficiency is
+what sending costs in processor time, as nobody waits while there is something to compute.
+
 A row of --output holds, with one figure a round where it is a list,
 
     case           processes and mode; fsdp_float gathers float32 latents, fsdp the codes in 2 bits
     tokens_per_s   over the steps of a turn but its first
-    efficiency     tokens_per_s over processes times those of one process, of the same round
+    efficiency     tokens_per_s of a core over that of one process, of the same round
     cpu_ms         processor time of a rank and step, all of its threads
     others         share of a core that other programs took during the turn
     given_up       rounds that were taken again
@@ -53,12 +57,15 @@ def main() -> None:
     parser.add_argument("--others", type=float, default=0.05, help="share of a core that others may take")
     parser.add_argument("--tries", type=int, default=60, help="rounds at most, those taken again too")
     parser.add_argument("--cases", nargs="+", default=list(CASES))
+    parser.add_argument("--core", type=int, help="the one that all processes share")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rank_of:
         work(options)
         return
+    if options.core is not None:
+        os.sched_setaffinity(0, {options.core})
     with contextlib.ExitStack() as stack:
         cases = {name: stack.enter_context(Case(name, options)) for name in options.cases}
         rounds, given_up = take_turns(cases, options)
@@ -70,7 +77,8 @@ def main() -> None:
         row |= {key: row[key][-1] for key in ("gathered", "reduced")}
         if "1" in cases and name != "1":
             pairs = zip(row["tokens_per_s"], (taken["1"]["tokens_per_s"] for taken in rounds), strict=True)
-            row["efficiency"] = [round(own / alone / int(name[0]), 4) for own, alone in pairs]
+            cores = int(name[0]) if options.core is None else 1
+            row["efficiency"] = [round(own / alone / cores, 4) for own, alone in pairs]
             low, middle, high = quartiles(row["efficiency"])
             print(f"{name}: efficiency {middle:.1%} ({low:.1%} to {high:.1%}) of {len(rounds)} rounds")
         print(
@@ -79,7 +87,9 @@ def main() -> None:
         print(f"gathered {row['gathered']:.4g}, reduced {row['reduced']:.4g} bytes a step")
         rows.append({"case": name, **row, "given_up": given_up})
     if options.output:
-        sizes = {key: getattr(options, key) for key in ("width", "layers", "tokens", "steps", "others")}
+        sizes = {
+            key: getattr(options, key) for key in ("width", "layers", "tokens", "steps", "others", "core")
+        }
         write_rows(options.output, [{**sizes, **row, **circumstances()} for row in rows])
 
 
@@ -146,7 +156,7 @@ class Case:
 
     def turn(self) -> dict[str, Any]:
         """Let all ranks take their steps; figures of the first one, processor time of the middle of them."""
-        began, busy = time.perf_counter(), busy_seconds()
+        began, busy = time.perf_counter(), busy_seconds(self.options.core)
         for go, _ in self._pipes:
             go.write("go\n")
             go.flush()
@@ -154,7 +164,7 @@ class Case:
         if not all(lines):
             sys.exit(f"{self.name} ended during a turn")
         found = [json.loads(line) for line in lines]
-        seconds, busy = time.perf_counter() - began, busy_seconds() - busy
+        seconds, busy = time.perf_counter() - began, busy_seconds(self.options.core) - busy
         own = sum(rank.pop("processor_seconds") for rank in found)
         cpu = statistics.mean(rank["cpu_ms"] for rank in found)
         return {**found[0], "cpu_ms": round(cpu, 1), "others": round(max(0.0, busy - own) / seconds, 3)}
@@ -220,11 +230,10 @@ def marks(made: Any) -> tuple[float, float, int, int, int]:
     return time.perf_counter(), time.process_time(), loopback(), traffic.gathered, traffic.reduced
 
 
-def busy_seconds() -> float:
-    """Time that all cores have worked so far, for whomever."""
-    user, nice, system, _, _, irq, softirq, steal, *_ = map(
-        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-    )
+def busy_seconds(core: int | None) -> float:
+    """Time that a core, or all together, have worked so far, for whomever."""
+    line = Path("/proc/stat").read_text().splitlines()[0 if core is None else 1 + core]
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, line.split()[1:])
     return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
