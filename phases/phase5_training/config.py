@@ -184,9 +184,9 @@ class TrainingConfig(BaseModel):
     use_grokfast: bool | None = None
     """Amplify the slow part of the gradient; None does when a grokfast figure or a filter is named."""
     grokfast_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Decay of the slow average; None is 0.98."""
+    """Decay of the slow average; None is 0.98, and 0.95 for auto."""
     grokfast_lambda: Annotated[float, Field(ge=0)] | None = None
-    """Gain of the slow average, with auto the greatest; None is 2."""
+    """Gain of the slow average, with auto the greatest; None is 2, and 10 for auto."""
     filter: Literal["auto", "ema", "ma", "high_pass", "ademamix"] | None = None
     """auto amplifies the slow part while validation lags training, ema and ma always, high_pass the fast
     part, ademamix the slow part in Adam's numerator; None is auto, or ema where a figure of it is named."""

@@ -30,12 +30,16 @@ COMMON: dict[str, Any] = {
     "compile": False,
     "overwrite": True,
 }
-# Rates and decays of the first two are the best of benchmarks/records/sweep_modular.jsonl.
+# Rates and decays of the first two are the best of benchmarks/records/tuned.jsonl. The phases multiply the
+# rate by 5 at their peak.
 FORGE: dict[str, Any] = {
     "model_options": {"backward": "int8"},
-    "optimizer": "adamw",
-    "learning_rate": 3e-4,
-    "weight_decay": 3.0,
+    "optimizer": "muon",
+    "learning_rate": 6e-4,
+    "weight_decay": 1.0,
+    "betas": [0.8, 0.98],
+    "momentum": 0.9,
+    "ns_steps": 3,
     "use_grokfast": False,
     "warmup_steps": 10,
     "acceleration_steps": 150,

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.usefixtures("no_report")
     [
         ({}, None),
         ({"filter": "ema"}, ("ema", 0.98, 2.0)),
-        ({"use_grokfast": True}, ("auto", 0.98, 2.0)),
+        ({"use_grokfast": True}, ("auto", 0.95, 10.0)),
         ({"use_grokfast": True, "grokfast_alpha": 0.9}, ("ema", 0.9, 2.0)),
         ({"grokfast_alpha": 0.9}, ("ema", 0.9, 2.0)),
         ({"grokfast_lambda": 0.0}, ("ema", 0.98, 0.0)),
-        ({"filter": "auto", "grokfast_lambda": 5.0}, ("auto", 0.98, 5.0)),
+        ({"filter": "auto", "grokfast_lambda": 5.0}, ("auto", 0.95, 5.0)),
         ({"filter": "ma"}, ("ma", 0.98, 2.0)),
         ({"filter": "high_pass", "grokfast_lambda": 1.0}, ("high_pass", 0.98, 1.0)),
         ({"filter": "ma", "use_grokfast": False}, None),
