@@ -149,9 +149,11 @@ def torch_optimizers(
             raise UsageError(f"{name} belongs to the optimizer instance; set it there")
         check_optimizer(given, model, loss)
         return given
+    # "auto" decides by the batch; what is named holds for whichever it takes, also when that run goes on
+    # under the name of the optimizer that was taken.
+    decided = config.optimizer == "auto" or config.auto_resume or config.resume_from is not None
     for name in named:
-        # "auto" decides by the batch; what is named then holds for whichever it takes.
-        if config.optimizer != "auto" and given not in AVERAGES[name]:
+        if not decided and given not in AVERAGES[name]:
             raise UsageError(
                 f"optimizer {given} has no {name}, which is for {' and '.join(AVERAGES[name])}; leave it out"
             )

@@ -258,11 +258,11 @@ _TUNED = "benchmarks/records/tuned.jsonl"
 
 
 def _found(
-    optimizer: str, rate: float, decay: float, steps: int, seconds: float, trials: int, averages: str = "long"
+    optimizer: str, rate: float, decay: float, steps: int, seconds: float, trials: int, *, short: bool = False
 ) -> Tuned:
     options = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": decay, "schedule": "constant",
                "warmup_steps": 10}  # fmt: skip
-    if averages == "short":
+    if short:
         options |= _SHORT_AVERAGES[optimizer][1]
     seeds = (100, 101, 102)
     return Tuned(options=options, steps=steps, seconds=seconds, trials=trials, source=_TUNED, seeds=seeds)
@@ -270,9 +270,9 @@ def _found(
 
 # What tuning chose in the committed record, so that a first comparison need not repeat it.
 BUILT_IN: dict[tuple[str, str], Tuned] = {
-    ("modular_mul", "forge"): _found("muon", 3e-3, 1.0, 8325, 510.7, 30, "short"),
+    ("modular_mul", "forge"): _found("muon", 3e-3, 1.0, 8325, 510.7, 30, short=True),
     ("modular_mul", "float"): _found("adamw", 1e-3, 6.0, 6105, 221.9, 22),
-    ("modular_mul", "float_muon"): _found("muon", 3e-3, 3.0, 7515, 490.3, 30, "short"),
+    ("modular_mul", "float_muon"): _found("muon", 3e-3, 3.0, 7515, 490.3, 30, short=True),
     ("modular_mul", "naive"): _found("adamw", 1.5e-3, 3.0, 4725, 236.0, 16),
 }
 

@@ -9,7 +9,6 @@ from phase5_training.checkpoint import CheckpointStore
 from phase5_training.config import TrainingConfig
 from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss
-from phase5_training.pipeline.bitnet_optimizer import AVERAGES
 from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.records import RunDirectory
 from phase5_training.results import has_failed
@@ -61,14 +60,6 @@ def as_begun(config: TrainingConfig, *, named_optimizer: bool) -> Beginning:
     names = [n for n in ("use_amp", "compile") if getattr(config, n) == "auto"]
     names += [n for n in ("grokfast_alpha", "grokfast_lambda", "filter") if getattr(config, n) is None]
     tuned_to = None
-    for name in AVERAGES:
-        named = getattr(config, name)
-        if named is not None and named != recorded.get(name):
-            kept = recorded.get(name) or "its default"
-            raise UsageError(
-                f"{name}={named}, and the run that is resumed keeps {kept}; leave it out, or start a new run"
-            )
-    names += AVERAGES
     if named_optimizer:
         names += [n for n in ("learning_rate", "weight_decay") if getattr(config, n) in (None, "auto")]
         if config.learning_rate == "auto":

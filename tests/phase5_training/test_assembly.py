@@ -206,11 +206,23 @@ class TestTorchOptimizers:
         with pytest.raises(UsageError, match="momentum belongs to the optimizer instance"):
             self.made(torch.optim.SGD(nn.Linear(2, 2).parameters()), momentum=0.5)
 
-    def test_a_resumed_run_keeps_them_and_says_so(self, pipeline, task_files):
+    def test_a_resumed_run_keeps_them(self, pipeline, task_files):
         options = {"experiment_name": "part", "optimizer": "adamw", "batch_size": 16}
         pipeline("mlp", *task_files(), betas=[0.8, 0.9], max_steps=2, **options).run()
-        again = pipeline("mlp", *task_files(), max_steps=4, auto_resume=True, **options).setup()
+        again = pipeline(
+            "mlp", *task_files(), betas=[0.8, 0.9], max_steps=4, auto_resume=True, **options
+        ).setup()
         assert {g["betas"] for g in again.optimizer.param_groups} == {(0.8, 0.9)}
         assert again.run().metrics["steps"] == 4
-        with pytest.raises(UsageError, match=r"^betas=\[0.5, 0.9\], and the run that is resumed keeps"):
+        with pytest.raises(UsageError, match=r"started with betas=\[0.8, 0.9\] and cannot go on with"):
             pipeline("mlp", *task_files(), betas=[0.5, 0.9], auto_resume=True, **options).setup()
+
+    def test_a_run_whose_auto_took_another_optimizer_goes_on(self, pipeline, task_files):
+        """config.yaml names the optimizer that was taken, and forge resume reads it."""
+        options = {"experiment_name": "part", "batch_size": 8, "ns_steps": 3}
+        pipeline("mlp", *task_files(), optimizer="auto", max_steps=2, **options).run()
+        for optimizer in ("auto", "adamw"):
+            again = pipeline(
+                "mlp", *task_files(), optimizer=optimizer, max_steps=4, auto_resume=True, **options
+            )
+            assert again.run().metrics["steps"] == 4
