@@ -1,3 +1,4 @@
+import os
 import platform
 import subprocess
 import sys
@@ -151,7 +152,12 @@ def test_a_memory_budget_keeps_less_and_changes_no_bit():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
-    """Eight tensors of 8 MB each round are 16,384 pages; in a process of its own, since the setting stays."""
+    """Eight tensors of 8 MB each round are 16,384 pages; in a process of its own, since the setting stays.
+
+    glibc raises its thresholds with what a process frees, so what it would give back depends on its past: the
+    environment pins them to their first values (mallopt(3)), which the call under test has to overrule.
+    """
+    first_values = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     script = textwrap.dedent("""
         import resource, sys, torch
         from phase5_training.hardware import keep_freed_memory
@@ -167,7 +173,13 @@ def test_freed_memory_is_used_again_without_page_faults() -> None:
     """)
     found = {}
     for how in ("kept", "freed"):
-        done = subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", script, how],
+            env={**os.environ, **first_values},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         kept, faults = done.stdout.split()
         assert kept == str(how == "kept")
         found[how] = int(faults)
