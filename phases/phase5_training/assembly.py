@@ -117,6 +117,32 @@ def optimizer_of(
     return name, [f"optimizer {name}: Muon's iteration would be {share:.2g} times the products of a step"]
 
 
+def filter_notices(
+    grokfast: GrokfastConfig | None, config: TrainingConfig, total_steps: int, *, validated: bool
+) -> list[str]:
+    """What is to be said of a filter that will not act.
+
+    Args:
+        grokfast: the filter; None for none.
+        config: of the run.
+        total_steps: of the run.
+        validated: whether there are validation data.
+    """
+    if grokfast is None or grokfast.filter != "auto":
+        return []
+    why = ""
+    if not validated:
+        why = "there are no validation data; give some"
+    elif config.eval_interval >= total_steps:
+        why = f"the first is at step {config.eval_interval} of {total_steps}; lower eval_interval"
+    if not why:
+        return []
+    return [
+        f"filter=auto stays off: it acts once a validation lags training, and {why}, or name grokfast_alpha "
+        "and grokfast_lambda"
+    ]
+
+
 def rates_of(config: TrainingConfig, optimizer: Any) -> tuple[float, float]:
     """(base learning rate, weight decay) of a named optimizer, or those that an instance has already."""
     if not isinstance(optimizer, str):

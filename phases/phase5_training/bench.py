@@ -36,7 +36,7 @@ def run_bench(
     recipes: Sequence[str] | None = None,
     attribution: bool = False,
     seeds: int = 5,
-    first_seed: int = 0,
+    first_seed: int | None = None,
     target: Sequence[str] | None = None,
     full: bool = False,
     tuned: str | None = None,
@@ -66,12 +66,16 @@ def run_bench(
     else:
         assert config is not None
         contest = from_config(config, output_dir, **changes)
+    wanted = chosen_recipes(recipes, attribution)
+    found = read_tuned(tuned) if tuned else {}
+    if first_seed is None:
+        first_seed = _first_free_seed(_known_figures(contest, wanted, found), seeds)
     return bench(
         contest,
-        chosen_recipes(recipes, attribution),
+        wanted,
         range(first_seed, first_seed + seeds),
         targets=[figure_or_recipe(word) for word in target or ()],
-        tuned=read_tuned(tuned) if tuned else None,
+        tuned=found,
         full=full,
         record=record or contest.folder / "bench.jsonl",
         quiet=quiet,
@@ -132,22 +136,21 @@ def bench(
             )
     # A file or pipe has no width; folded into 80 columns the table cannot be read.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    known = {**BUILT_IN, **(tuned or {})}
-    for name in dict.fromkeys(RECIPES[name].tuned_as for name in recipes):
-        if (contest.name, name) in known:
-            _refuse_tuning_seeds(name, known[contest.name, name], seeds)
+    known = _known_figures(contest, recipes, tuned or {})
+    for name, own in known.items():
+        _refuse_tuning_seeds(name, own, seeds)
     figures_to_hold = [target for target in targets if not isinstance(target, str)]
     # What another run will have held is not known before it has run.
     stop_at = figures_to_hold if not full and len(figures_to_hold) == len(targets) else []
     runs: list[Row] = []
     about = circumstances()
     figures: dict[str, Tuned] = {}
-    warm_up(contest, [(RECIPES[name], known.get((contest.name, RECIPES[name].tuned_as))) for name in recipes])
+    warm_up(contest, [(RECIPES[name], known.get(RECIPES[name].tuned_as)) for name in recipes])
     for name in recipes:
         base = RECIPES[name].tuned_as
         if base and base not in figures:
             # Not on a seed that is reported, which would be the one that was tuned for.
-            figures[base] = known.get((contest.name, base)) or tune_once(contest, base, max(seeds) + 1)
+            figures[base] = known.get(base) or tune_once(contest, base, max(seeds) + 1)
             append(record, {"kind": "tuned", **tuned_row(contest.name, base, figures[base]), **about})
     for turn, seed in enumerate(seeds):
         start = turn % len(recipes)
@@ -195,6 +198,25 @@ def write_bench_report(contest: Contest, runs: Sequence[Row], rows: Sequence[Row
     compared.sort(key=lambda row: row["name"] != title)
     directory.write_result({**(directory.read_result() or {}), "comparison": compared})
     return write_report([directory.path], contest.folder / "report.html")
+
+
+def _known_figures(
+    contest: Contest, recipes: Sequence[str], tuned: Mapping[tuple[str, str], Tuned]
+) -> dict[str, Tuned]:
+    """What earlier tuning found for the recipes of a contest, by the recipe that was tuned."""
+    # A configuration of the user's may be called as a task of ours is.
+    every = {**(BUILT_IN if contest.task else {}), **tuned}
+    bases = dict.fromkeys(RECIPES[name].tuned_as for name in recipes)
+    return {base: every[contest.name, base] for base in bases if (contest.name, base) in every}
+
+
+def _first_free_seed(known: Mapping[str, Tuned], count: int) -> int:
+    """The first of ``count`` seeds in a row on none of which a recipe was tuned."""
+    taken = {seed for tuned in known.values() for seed in tuned.seeds}
+    first = 0
+    while both := taken & {*range(first, first + count)}:
+        first = max(both) + 1
+    return first
 
 
 def _refuse_tuning_seeds(name: str, tuned: Tuned, seeds: Sequence[int]) -> None:

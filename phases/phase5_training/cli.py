@@ -230,7 +230,9 @@ def _bench(words: Sequence[str]) -> int:
     parser.add_argument("--recipes", nargs="+", help="default plain float float_muon naive forge")
     parser.add_argument("--attribution", action="store_true", help="add weights x filter x int8 x tuned")
     parser.add_argument("--seeds", type=int, default=5, help="how many; default 5")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them; default 0")
+    parser.add_argument(
+        "--first-seed", type=int, help="the first of them; default 0, or the first after those tuned on"
+    )
     parser.add_argument(
         "--target", nargs="+", help="figures to hold, or a recipe whose held figure is the target"
     )

@@ -139,9 +139,9 @@ class TrainingConfig(BaseModel):
     optimizer: str = "auto"
     """auto, muon (AdamW for what is no hidden matrix), adamw or sgd; auto is muon where the batch is large
     enough for its cost, else adamw."""
-    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] | None = None
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] | None = None
     """Base rate; None takes the default of the optimizer, auto tries some in short trials first."""
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Decoupled decay of matrices; None takes the default of the optimizer."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = (
         None
@@ -185,7 +185,7 @@ class TrainingConfig(BaseModel):
     """Amplify the slow part of the gradient; None does when a grokfast figure or a filter is named."""
     grokfast_alpha: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Decay of the slow average; None is 0.98, and 0.95 for auto."""
-    grokfast_lambda: Annotated[float, Field(ge=0)] | None = None
+    grokfast_lambda: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Gain of the slow average, with auto the greatest; None is 2, and 10 for auto."""
     filter: Literal["auto", "ema", "ma", "high_pass", "ademamix"] | None = None
     """auto amplifies the slow part while validation lags training, ema and ma always, high_pass the fast
@@ -208,9 +208,9 @@ class TrainingConfig(BaseModel):
     """Length of the acceleration phase; None scales the default to the run."""
     consolidation_steps: Annotated[int, Field(ge=0)] | None = None
     """Length of the consolidation phase; None scales the default to the run."""
-    acceleration_multiplier: Annotated[float, Field(gt=0)] | None = None
+    acceleration_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Factor on the rate in the acceleration phase; None is 5."""
-    consolidation_multiplier: Annotated[float, Field(gt=0)] | None = None
+    consolidation_multiplier: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Factor on the rate in the consolidation phase; None is 0.2."""
 
     # Precision and speed

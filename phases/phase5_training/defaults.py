@@ -1,6 +1,7 @@
 """Learning rates and filter figures where the user named none."""
 
 from phase5_training.config import TrainingConfig
+from phase5_training.errors import UsageError
 from phase5_training.pipeline.grokfast_trainer import GrokfastConfig
 
 # Peak rates, from benchmarks/records: byte text (4-layer decoder of width 128) prefers 1e-2 to 3e-3 with
@@ -9,6 +10,13 @@ from phase5_training.pipeline.grokfast_trainer import GrokfastConfig
 # defaults lie between, on the side of the larger task. The figures of sgd are convention, not measured.
 _PEAK = {"muon": 1e-2, "adamw": 3e-3, "sgd": 0.1}
 _DECAY = {"muon": 0.1, "adamw": 0.1, "sgd": 1e-4}
+
+# Options that shape a filter and leave its figures at their defaults.
+_SHAPING = tuple(
+    name
+    for name in TrainingConfig.model_fields
+    if name.startswith("grokfast_") and name not in ("grokfast_alpha", "grokfast_lambda")
+)
 
 # Lee et al. 2024, arXiv:2405.20233, section 4.1.
 PAPER_ALPHA, PAPER_LAMBDA = 0.98, 2.0
@@ -46,6 +54,9 @@ def grokfast_config(config: TrainingConfig) -> GrokfastConfig | None:
     It is on when ``use_grokfast`` says so, or when a figure or a filter is named. Who names alpha or lambda
     gets exactly that filter; who names none gets "auto". Off otherwise (docs/findings.md).
 
+    Raises:
+        UsageError: figures that do not go together.
+
     Example:
         >>> grokfast_config(TrainingConfig()) is None
         True
@@ -57,9 +68,18 @@ def grokfast_config(config: TrainingConfig) -> GrokfastConfig | None:
         ('ema', 0.98, 1.0)
     """
     named = config.grokfast_alpha is not None or config.grokfast_lambda is not None
-    if not (named or config.filter) if config.use_grokfast is None else not config.use_grokfast:
+    if config.use_grokfast is None:
+        on = named or config.filter is not None or any(_differs(config, option) for option in _SHAPING)
+    else:
+        on = config.use_grokfast
+    if not on:
         return None
     name = config.filter or ("ema" if named else "auto")
+    if name != "ma" and _differs(config, "grokfast_window"):
+        raise UsageError(
+            f"grokfast_window={config.grokfast_window} is for filter='ma', and the filter is {name!r}; "
+            "give filter='ma', or leave it out"
+        )
     alpha, gain = (AUTO_ALPHA, AUTO_LAMBDA) if name == "auto" else (PAPER_ALPHA, PAPER_LAMBDA)
     return GrokfastConfig(
         alpha=alpha if config.grokfast_alpha is None else config.grokfast_alpha,
@@ -71,3 +91,9 @@ def grokfast_config(config: TrainingConfig) -> GrokfastConfig | None:
         phase_gains=config.grokfast_phase_gains,
         average_dtype=config.grokfast_average,
     )
+
+
+def _differs(config: TrainingConfig, option: str) -> bool:
+    """Whether an option has another value than its default."""
+    default = TrainingConfig.model_fields[option].get_default(call_default_factory=True)
+    return bool(getattr(config, option) != default)

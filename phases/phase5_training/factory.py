@@ -11,13 +11,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from phase4_bitnet.layers import ternary_layers
-from phase4_bitnet.store import save_compressed_model
 from phase5_training import hardware
 from phase5_training.assembly import (
     compiles,
     cost_of_determinism,
     data_config,
     early_stopping_of,
+    filter_notices,
     free_name,
     has_samples,
     loop_config,
@@ -66,6 +66,7 @@ from phase5_training.results import (
     result_metrics,
     result_record,
     session_record,
+    store_best,
 )
 from phase5_training.shared_checkpoints import checkpoints_of
 from phase5_training.signals import end_when_stuck, stop_on_signals, stop_on_sigterm, stopped_by
@@ -168,6 +169,7 @@ class TrainingPipeline:
         )
         made = f"model {'' if compiled else 'not '}compiled: {why}"
         self.notices += [*said, self.train_loader.sentence(), made]
+        self.notices += filter_notices(grokfast, config, total_steps, validated=validator is not None)
         monitor = monitor_of(config, self.spec.task, self.loss)
         self.run_directory = self._open_run()
         self.resolved = resolved_config(
@@ -369,6 +371,8 @@ class TrainingPipeline:
     # -- a run and its end -----------------------------------------------------------------------
 
     def _run(self) -> TrainingResult:
+        run = self.run_directory
+        assert run is not None
         try:
             state = self.loop.train(self.train_loader, self.loss, self.val_loader)
             if state.stop_reason != "interrupted":
@@ -376,7 +380,7 @@ class TrainingPipeline:
             model = self._spread.finished(self.model).eval()
             if state.stop_reason == "interrupted":
                 return self._write_result(state, model, success=False)
-            self._store(model)
+            self.ranks.by_first(lambda: store_best(model, run))
         except Exception as error:
             self._record_failure(error)
             if isinstance(error, DataError):  # the data changed since they were checked
@@ -429,17 +433,6 @@ class TrainingPipeline:
         if measure and self.loop.validator is not None and self.val_loader is not None:
             state.validation = self.loop.validator.run_validation(self.val_loader, self.loss)
         check_trained(state)
-
-    def _store(self, model: nn.Module) -> None:
-        assert self.run_directory is not None
-        run = self.run_directory
-        try:
-            self.ranks.by_first(lambda: save_compressed_model(model, run.best, overwrite=True) and None)
-        except OSError as error:
-            raise RunFailed(
-                f"the model cannot be written to {run.best} ({error.strerror or error}), but the last "
-                f"checkpoint holds it; make room there, then `forge resume {run.path}`"
-            ) from error
 
 
 def create_training_pipeline(

@@ -54,6 +54,8 @@ class GeneralizationLag:
         ours, theirs = self._training["loss"], validation.get("loss")
         if ours is None or theirs is None or self._first_loss is None:
             return None
+        if not (math.isfinite(ours) and math.isfinite(theirs)):
+            return None  # a loss that could not be computed is no fit of 0
         # Worse than at the start is no fit at all, not less than none.
         return max(0.0, 1 - ours / self._first_loss) - max(0.0, 1 - float(theirs) / self._first_loss)
 

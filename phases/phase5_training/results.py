@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from phase4_bitnet.store import save_compressed_model
 from phase5_training.errors import RunFailed
 from phase5_training.follow import this_process
 from phase5_training.loop_state import LoopState
@@ -116,6 +117,21 @@ def check_trained(state: LoopState) -> None:
         raise RunFailed(
             f"the loss blew up from {first:.4g} at step 1 to {last:.4g} at step {state.step}; {remedy}"
         )
+
+
+def store_best(model: nn.Module, run: RunDirectory) -> None:
+    """Write a finished model into the run's folder.
+
+    Raises:
+        RunFailed: the disk does not take it; the last checkpoint holds it.
+    """
+    try:
+        save_compressed_model(model, run.best, overwrite=True)
+    except OSError as error:
+        raise RunFailed(
+            f"the model cannot be written to {run.best} ({error.strerror or error}), but the last "
+            f"checkpoint holds it; make room there, then `forge resume {run.path}`"
+        ) from error
 
 
 def described(train_loader: Any, val_loader: Any) -> dict[str, Any]:

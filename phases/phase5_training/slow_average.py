@@ -104,3 +104,24 @@ def filter_in_float32_(
 def divides_by_second_moment(optimizer: Optimizer) -> bool:
     """Whether the optimizer is of the Adam family: its state has a "step" and an "exp_avg_sq"."""
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def ignores_scale(optimizer: Optimizer) -> bool:
+    """Whether ten times the gradient is known to give the same step, as with Adam, and with Muon."""
+    return divides_by_second_moment(optimizer) or isinstance(optimizer, torch.optim.Muon)
+
+
+def steady_gain(optimizer: Optimizer, decay: float) -> float:
+    """The greatest gain with which the slow average cannot make an optimizer with momentum swing.
+
+    The average lags behind the gradient and momentum behind that. On a quadratic, a gain of up to
+    ``(1 - momentum) / (1 - decay)`` leaves every rate stable that is stable without a filter, once the
+    gradient is divided by 1 + gain; beyond it, rates a hundred times smaller diverge. A decay of 0.95 and a
+    momentum of 0.9 give 2.
+
+    Args:
+        optimizer: its groups have "momentum" or "betas", or no momentum.
+        decay: of the slow average, in [0, 1).
+    """
+    momenta = [group.get("momentum", group.get("betas", (0.0,))[0]) for group in optimizer.param_groups]
+    return (1 - max(momenta, default=0.0)) / (1 - decay)

@@ -16,7 +16,9 @@ then one paired comparison for the decay and the filter:
 Where the training loss has to judge (:func:`judged_by`) the decay stays: less would always look better.
 
 All of it takes at most a tenth of the steps of the run it serves. With a budget too small for that, round 1
-is left out and round 2 begins with three rates of the default optimizer.
+is left out and round 2 begins with three rates of the default optimizer. Muon is tried where the run itself
+would take it ("auto", :func:`phase5_training.assembly.optimizer_of`): on a small batch its steps cost many
+times those of AdamW, which a loss after equal steps does not show.
 """
 
 from __future__ import annotations
@@ -142,10 +144,12 @@ def tune(config: TrainingConfig, total_steps: int, make: Callable[[TrainingConfi
     use_amp, _ = resolve_amp(config.use_amp, config.amp_dtype, device)
     config = config.model_copy(update={"use_amp": use_amp})
     with tempfile.TemporaryDirectory() as folder:
+        kept = config.model_copy(update={"output_dir": folder})
+        if config.optimizer == "auto":
+            config = config.model_copy(update={"optimizer": _optimizer_worth_trying(kept, total_steps, make)})
 
         def run(options: Options, steps: int) -> Trial:
-            trial = trial_config(config, options, steps, total_steps)
-            return run_trial(make, trial.model_copy(update={"output_dir": folder}), options)
+            return run_trial(make, trial_config(kept, options, steps, total_steps), options)
 
         return search(config, total_steps, run)
 
@@ -265,11 +269,8 @@ def run_trial(make: Callable[[TrainingConfig], Any], config: TrainingConfig, opt
     """
     started = time.perf_counter()
     trial = Trial(round=0, options=options, steps=0)
-    pipeline, untrained = make(config), None
+    pipeline, untrained = _set_up(make, config), None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the run itself will say it, once
-            pipeline.setup()
         loop = pipeline.loop
         loop.checkpoints = None
         if loop.validator is not None:
@@ -358,6 +359,25 @@ def in_short(options: Mapping[str, Any]) -> str:
         'optimizer=muon learning_rate=0.00333 use_grokfast=False'
     """
     return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in options.items())
+
+
+def _optimizer_worth_trying(
+    config: TrainingConfig, total_steps: int, make: Callable[[TrainingConfig], Any]
+) -> str:
+    """What is left of "auto": "adamw" where the run itself would not take Muon.
+
+    Trials are ranked by the loss after equal numbers of steps and cannot see what a step costs.
+    """
+    options = {"learning_rate": None, "use_grokfast": False}
+    pipeline = _set_up(make, trial_config(config, options, SHORTEST, total_steps))
+    return "adamw" if pipeline.run_directory.read_config()["optimizer"] == "adamw" else "auto"
+
+
+def _set_up(make: Callable[[TrainingConfig], Any], config: TrainingConfig) -> Any:
+    """The pipeline of a trial, set up in silence: what is to be said, the run itself will say, once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(config).setup()
 
 
 def _rates(config: TrainingConfig) -> list[Options]:

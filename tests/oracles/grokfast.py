@@ -63,3 +63,16 @@ def clip(gradients, max_norm):
     total = np.sqrt(sum(float(np.sum(np.asarray(g, dtype=np.float64) ** 2)) for g in gradients))
     factor = min(1.0, max_norm / (total + 1e-6))
     return [np.asarray(g, dtype=np.float64) * factor for g in gradients], total
+
+
+def stable_curvatures(momentum, rate, *, nesterov, count=60):
+    """Curvatures on which SGD without a filter comes to rest, by the eigenvalues of its recursion."""
+    found = []
+    for curvature in np.geomspace(1e-3, 4 / rate, count):
+        gradient = np.array([curvature, 0.0])
+        velocity = gradient + np.array([0.0, momentum])
+        move = gradient + momentum * velocity if nesterov else velocity
+        step = np.stack([np.array([1.0, 0.0]) - rate * move, velocity])
+        if np.abs(np.linalg.eigvals(step)).max() < 0.999999:
+            found.append(curvature)
+    return np.array(found)

@@ -243,12 +243,25 @@ class TestRecipes:
 
     def test_built_in_figures_are_those_of_the_record(self):
         recorded = read_tuned(RECORDS / "tuned.jsonl")
-        for key, tuned in BUILT_IN.items():
-            found = recorded[key]
+        for (task, recipe), tuned in BUILT_IN.items():
+            assert task in TASKS
+            on = "modular_mul" if tuned.source.endswith(", on modular_mul") else task
+            found = recorded[on, recipe]
             assert (found.options, found.steps, found.trials) == (tuned.options, tuned.steps, tuned.trials)
             # The row says none: its candidates do.
             assert found.seeds in (tuned.seeds, tuned.seeds[:1])
             assert found.seconds == pytest.approx(tuned.seconds, abs=0.05)
+
+    def test_figures_of_a_task_are_not_for_a_file_of_its_name(self, tmp_path):
+        own = Contest(name="digits", options={}, targets=(0.9,), folder=tmp_path)
+        assert bench._known_figures(own, ["forge"], {}) == {}
+        found = bench._known_figures(replace(own, task=TASKS["digits"]), ["plain", "forge_filter"], {})
+        assert found == {"forge": BUILT_IN["digits", "forge"]}
+
+    def test_seeds_begin_where_nothing_was_tuned(self):
+        tuned = {"forge": Tuned(options={}, seeds=(0,)), "float": Tuned(options={}, seeds=(2, 7))}
+        assert [bench._first_free_seed(tuned, count) for count in (1, 2, 4, 5)] == [1, 3, 3, 8]
+        assert bench._first_free_seed({}, 5) == 0
 
     def test_unknown_names(self):
         with pytest.raises(UsageError, match="did you mean 'forge'"):

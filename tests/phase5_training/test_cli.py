@@ -235,7 +235,7 @@ class TestMistakes:
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device", "runs/a/best")
 
-        monkeypatch.setattr("phase5_training.factory.save_compressed_model", full)
+        monkeypatch.setattr("phase5_training.results.save_compressed_model", full)
         refused(forge("train", *wine, *SMALL), 1, "No space left on device")
 
     def test_what_nobody_thought_of(self, forge, monkeypatch, capsys):

@@ -23,12 +23,20 @@ pytestmark = pytest.mark.usefixtures("no_report")
         ({"filter": "high_pass", "grokfast_lambda": 1.0}, ("high_pass", 0.98, 1.0)),
         ({"filter": "ma", "use_grokfast": False}, None),
         ({"grokfast_alpha": 0.9, "use_grokfast": False}, None),
+        ({"grokfast_warmup_steps": 5}, ("auto", 0.95, 10.0)),
+        ({"grokfast_unit_gain": True}, ("auto", 0.95, 10.0)),
+        ({"grokfast_unit_gain": True, "use_grokfast": False}, None),
     ],
     ids=str,
 )
 def test_what_turns_the_filter_on(options, figures):
     found = grokfast_config(TrainingConfig(**options))
     assert (found and (found.filter, found.alpha, found.lambda_reg)) == figures
+
+
+def test_a_window_belongs_to_the_moving_average():
+    with pytest.raises(ValueError, match="grokfast_window=7 is for filter='ma', and the filter is 'auto'"):
+        grokfast_config(TrainingConfig(grokfast_window=7))
 
 
 def test_every_figure_reaches_the_filter():

@@ -45,6 +45,18 @@ def test_without_figures_there_is_no_evidence():
     assert lag.evidence == 1.0, "a validation that failed is no news"
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_no_news(bad):
+    """Taken for a fit of 0, one failed validation of a regression would set the whole gain."""
+    training = [{"loss": 2.0, "accuracy": None}, {"loss": 0.1, "accuracy": None}]
+    assert observed(training, {"loss": bad}).evidence == 0.0
+    lag = observed(training, {"loss": 2.0})
+    assert lag.evidence == 1.0
+    lag.observe_training({"loss": bad, "accuracy": None})
+    lag.observe_validation({"loss": 2.0})
+    assert lag.evidence == 1.0
+
+
 def test_state_survives_json():
     lag = observed([{"loss": 2.0, "accuracy": None}, {"loss": 0.1, "accuracy": None}], {"loss": 3.0})
     again = GeneralizationLag()

@@ -49,14 +49,13 @@ def test_draws_differ_by_step_and_parameter_and_repeat_by_seed():
 
 
 def follow(config, gradients):
-    parameter = nn.Parameter(torch.zeros(gradients[0].shape))
-    state = {parameter: {}}
-    subject = GradientFilter(config)
+    parameter = nn.Parameter(torch.zeros(gradients[0].shape, dtype=gradients[0].dtype))
+    optimizer, subject = torch.optim.SGD([parameter], 0.1), GradientFilter(config)
     for step, g in enumerate(gradients):
         parameter.grad = g.clone()
-        subject.filter_([parameter], state, step)
-        subject.store_(state.__getitem__)
-    return state[parameter]["slow_gradient"]
+        subject.before_step(optimizer, [parameter], step)
+        subject.after_step(optimizer, [parameter], step)
+    return optimizer.state[parameter]["slow_gradient"], parameter.grad
 
 
 @pytest.mark.parametrize("kernels", [True, False])
@@ -65,7 +64,7 @@ def test_a_bfloat16_average_follows_where_rounding_to_nearest_stalls(monkeypatch
     if not kernels:
         monkeypatch.setattr(native, "available", lambda: False)
     gradients = [torch.full((4000,), 1.0)] + [torch.full((4000,), 1.05)] * 300
-    found = follow(GrokfastConfig(average_dtype="bfloat16"), gradients)
+    found, _ = follow(GrokfastConfig(average_dtype="bfloat16"), gradients)
     nearest = torch.ones(4000, dtype=torch.bfloat16)
     for g in gradients:
         nearest = nearest.float().lerp(g, 0.02).bfloat16()
@@ -82,17 +81,10 @@ def test_averages_of_short_gradients_are_float32(monkeypatch, kernels):
         torch.ones(50, dtype=torch.bfloat16),
         *[torch.full((50,), 1.0625, dtype=torch.bfloat16)] * 100,
     ]
-    parameter = nn.Parameter(torch.zeros(50, dtype=torch.bfloat16))
-    state = {parameter: {}}
-    subject = GradientFilter(GrokfastConfig())
-    for step, g in enumerate(gradients):
-        parameter.grad = g.clone()
-        subject.filter_([parameter], state, step)
-        subject.store_(state.__getitem__)
-    average = state[parameter]["slow_gradient"]
+    average, grad = follow(GrokfastConfig(), gradients)
     assert average.dtype == torch.float32
     assert average[0].item() == pytest.approx(1.0625 - 0.0625 * 0.98**100, rel=1e-5)
-    assert parameter.grad[0].item() == pytest.approx(1.0625 + 2 * average[0].item(), rel=2**-8)
+    assert grad[0].item() == pytest.approx(1.0625 + 2 * average[0].item(), rel=2**-8)
 
 
 @pytest.mark.skipif(not native.available(), reason="the kernels cannot be built here")

@@ -123,7 +123,7 @@ def test_all_trials_are_in_one_precision(monkeypatch):
         return planted()(options, config.max_steps)
 
     monkeypatch.setattr("phase5_training.tune.run_trial", trial)
-    tune(TrainingConfig(device="cpu"), 10_000, make=None)
+    tune(TrainingConfig(device="cpu", optimizer="adamw"), 10_000, make=None)
     assert len(seen) > 3
     assert {*seen} == {True}
 
@@ -176,6 +176,19 @@ class TestRuns:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert type(model[2]) is nn.Linear
         assert found.steps <= 60
+
+    @pytest.mark.parametrize(("optimizer", "tried"), [("auto", {"adamw"}), ("muon", {"muon"})])
+    def test_muon_is_not_tried_where_the_run_would_not_take_it(
+        self, pipeline, task_files, no_report, optimizer, tried
+    ):
+        """A loss after equal steps does not show that a step takes seven times as long."""
+        found = pipeline("mlp", *task_files(), **AUTO, optimizer=optimizer).tune()
+        assert {trial.options["optimizer"] for trial in found.trials} == tried
+
+    def test_muon_is_tried_where_it_costs_little(self, pipeline, task_files, no_report):
+        options = {**AUTO, "batch_size": 128, "max_steps": 2600, "epochs": 2000}
+        found = pipeline("mlp", *task_files(), **options).tune()
+        assert {trial.options["optimizer"] for trial in found.trials if trial.round == 1} == {"adamw", "muon"}
 
     def test_objects_and_open_ends_are_refused(self, task_files):
         train, val = task_files()

@@ -13,7 +13,6 @@ from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layer
 from phase5_training.errors import UsageError
 from phase5_training.phases import Schedule, build_schedule
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
-from phase5_training.slow_average import divides_by_second_moment
 
 
 class ForeignLoop:
@@ -101,14 +100,12 @@ class ForeignLoop:
             norm = torch.nn.utils.get_total_norm(grads)
         # Where a loss scaler skips the step, the average is to skip it too.
         if self._filter is not None and norm.isfinite():
-            divides = divides_by_second_moment(optimizer)
-            self._filter.filter_(params, optimizer.state, self._step(), divides=divides)
+            self._filter.before_step(optimizer, params, self._step())
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if self._filter is not None:
             params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            self._filter.store_(optimizer.state.__getitem__)
-            self._filter.add_slow_(optimizer, params, self._step())
+            self._filter.after_step(optimizer, params, self._step())
         requantize_layers([layer for layer in self._layers if layer.weight.requires_grad])
 
     def end(self) -> None:

@@ -25,7 +25,7 @@ from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.fused_step import fused_step
 from phase5_training.muon import NS_STEPS, muon_class
-from phase5_training.slow_average import COUNT, SLOW, WINDOW, divides_by_second_moment
+from phase5_training.slow_average import COUNT, SLOW, WINDOW, LinearFilter
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
 BETAS = (0.9, 0.98)
@@ -37,16 +37,14 @@ AVERAGES = {"betas": ("muon", "adamw"), "momentum": ("muon", "sgd"), "ns_steps":
 class Filter(Protocol):
     """A gradient filter; see :class:`phase5_training.pipeline.grokfast_trainer.GradientFilter`."""
 
-    def filter_(
-        self, params: Sequence[nn.Parameter], state: Mapping[Any, Any], step: int, *, divides: bool = False
-    ) -> None:
-        """Change ``p.grad`` in place; ``divides`` where the optimizer has a second moment."""
+    def linear(self, step: int) -> LinearFilter | None:
+        """The filter of a step as a gradient and its average determine it; None where they do not."""
 
-    def store_(self, state_of: Callable[[nn.Parameter], dict[str, Any]]) -> None:
-        """Hand new state to the optimizer, after its step."""
+    def before_step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
+        """Change ``p.grad`` in place, of the parameters that have one."""
 
-    def add_slow_(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
-        """Change the parameters after the optimizer's step."""
+    def after_step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
+        """Hand new state to the optimizer, and change the parameters further."""
 
     def state_dict(self) -> dict[str, Any]:
         """What is not in the optimizer's state."""
@@ -238,11 +236,7 @@ class BitNetOptimizer(Optimizer):
         self, params: list[nn.Parameter], norm: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Update and re-quantize, in one pass where the kernel can; returns slow ratio and flip shares."""
-        linear = None
-        if self.gradient_filter is not None:
-            # Only filters that a gradient and its average determine are known to the kernel.
-            describe = getattr(self.gradient_filter, "linear", lambda step: None)
-            linear = describe(self.steps)
+        linear = None if self.gradient_filter is None else self.gradient_filter.linear(self.steps)
         factor, layers = self._clip_factor(norm), self._trained_layers()
         before = [layer.codes.clone() for layer in layers] if self.measure else []
         general = self.optimizers
@@ -281,11 +275,9 @@ class BitNetOptimizer(Optimizer):
                 optimizer.step()
                 continue
             own = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            divides = divides_by_second_moment(optimizer)
-            self.gradient_filter.filter_(own, optimizer.state, self.steps, divides=divides)
+            self.gradient_filter.before_step(optimizer, own, self.steps)
             optimizer.step()
-            self.gradient_filter.store_(optimizer.state.__getitem__)
-            self.gradient_filter.add_slow_(optimizer, own, self.steps)
+            self.gradient_filter.after_step(optimizer, own, self.steps)
 
     def _slow_ratio(self, params: Sequence[nn.Parameter], clipped_norm: Tensor) -> Tensor | None:
         """When measuring: norm of the slow average over norm of the clipped gradient."""
@@ -356,7 +348,7 @@ class BitNetOptimizer(Optimizer):
         """Restore :meth:`state_dict`. Load the model first: the codes are not derived again.
 
         Raises:
-            ValueError: another number of optimizers, or groups of other sizes.
+            ValueError: another number of optimizers, groups of other sizes, or averages of another filter.
         """
         saved = state_dict["optimizers"]
         if len(saved) != len(self.optimizers):
@@ -364,12 +356,12 @@ class BitNetOptimizer(Optimizer):
                 f"the checkpoint has {len(saved)} optimizers and this run {len(self.optimizers)}; "
                 "resume with the optimizer= that the run was started with"
             )
+        if self.gradient_filter is not None and state_dict.get("filter"):
+            self.gradient_filter.load_state_dict(state_dict["filter"])
         for optimizer, own in zip(self.optimizers, saved, strict=True):
             optimizer.load_state_dict(own)
             _restore_averages(optimizer, own)
         self.steps = state_dict["steps"]
-        if self.gradient_filter is not None and state_dict.get("filter"):
-            self.gradient_filter.load_state_dict(state_dict["filter"])
         # Loading replaces the group dicts of the wrapped optimizers.
         self.param_groups = [g for o in self.optimizers for g in o.param_groups]
 

@@ -15,13 +15,15 @@ Lee et al. 2024 (arXiv:2405.20233). With g the gradient, mu its slow average and
 "ademamix" is Pagliardini et al. 2024 (arXiv:2409.03137, equation 2): an Adam moves by (m + l mu) / sqrt(v),
 so the slow average does not enter v. An optimizer without v gets g + l mu. "auto" is ours
 (:mod:`phase5_training.generalization`): e is 0 until the network fits its training set better than its
-validation set.
+validation set. Adam and Muon move alike whatever the size of the gradient; for any other optimizer "auto"
+divides by (1 + l e) and keeps l e so small that it cannot swing (:func:`slow_average.steady_gain`).
 
 The user's gain is constant; a warm-up and a factor per phase may shape it. The average lives in
 ``optimizer.state[p]["slow_gradient"]``, so whatever carries optimizer state carries it. It is float32, or
 bfloat16 on request (:mod:`phase5_training.slow_average`), also where gradients are of a shorter type.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +36,7 @@ from phase4_bitnet import native
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.events import CallbackRegistry, Event
 from phase5_training.generalization import GeneralizationLag
-from phase5_training.phases import Phase, Schedule
+from phase5_training.phases import DecaySchedule, Phase, Schedule
 from phase5_training.slow_average import (
     COUNT,
     SLOW,
@@ -42,6 +44,8 @@ from phase5_training.slow_average import (
     LinearFilter,
     divides_by_second_moment,
     filter_in_float32_,
+    ignores_scale,
+    steady_gain,
 )
 
 FILTERS: tuple[str, ...] = ("auto", "ema", "ma", "high_pass", "ademamix")
@@ -54,15 +58,22 @@ class GrokfastConfig:
 
     Args:
         alpha: decay of the slow average per optimizer step, in [0, 1).
-        lambda_reg: the gain l, 0 or more; 0 leaves the gradient as it is.
+        lambda_reg: the gain l, 0 or more; 0 leaves the gradient as it is. With "auto" the greatest.
         filter: "ema", "ma", "high_pass", "ademamix" or "auto".
         window: length of the moving average in optimizer steps, for "ma". It keeps that many
-            copies of the gradient.
+            copies of the gradient, and adds nothing before it has them.
         unit_gain: divide by (1 + l), so that a constant gradient passes unchanged; not for "ademamix".
         gain_warmup_steps: raise l linearly from 0 over this many optimizer steps.
-        phase_gains: factor on l by phase; phases that are not named have 1.
+        phase_gains: factor on l by phase, 0 or more; phases that are not named have 1.
         average_dtype: "float32", or "bfloat16" for half the memory of the average, for all but "ma";
             rounded at random, so that it does not stall.
+
+    Raises:
+        UsageError: a figure out of its range, an unknown name, or figures that do not go together.
+
+    Example:
+        >>> GrokfastConfig(lambda_reg=2.0, gain_warmup_steps=4).gain(step=1)
+        1.0
     """
 
     alpha: float = 0.98
@@ -77,9 +88,10 @@ class GrokfastConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < 1:
             raise UsageError(f"grokfast_alpha={self.alpha} is not in [0, 1); the paper uses 0.98")
-        if not self.lambda_reg >= 0:
+        if not 0 <= self.lambda_reg < math.inf:
             raise UsageError(
-                f"grokfast_lambda={self.lambda_reg} is negative; use 0 for no filter, 2.0 as the paper"
+                f"grokfast_lambda={self.lambda_reg} is not a number of 0 or more; use 0 for no filter, "
+                "2.0 as the paper"
             )
         if self.filter not in FILTERS:
             near = nearest_match(self.filter, FILTERS)
@@ -106,9 +118,11 @@ class GrokfastConfig:
                 "filter='ademamix' leaves the gradient as it is, so there is no gain to divide by; "
                 "use grokfast_unit_gain=False, or filter='ema'"
             )
-        for name in self.phase_gains:
+        for name, factor in self.phase_gains.items():
             if name not in set(Phase):
                 raise UsageError(f"phase_gains has {name!r}; the phases are {', '.join(Phase)}")
+            if not 0 <= factor < math.inf:
+                raise UsageError(f"phase_gains has {name}={factor}; a factor on the gain is 0 or more")
 
     def gain(self, step: int, phase: Phase | None = None) -> float:
         """l at optimizer step ``step``, counted from 0."""
@@ -142,14 +156,20 @@ def filter_linear_(
 
 
 class GradientFilter:
-    """Applies a filter to the gradients of a list of parameters; the state stays with the optimizer.
+    """Applies a filter to the gradients of an optimizer's parameters; the state stays with the optimizer.
+
+    Each step of the optimizer stands between :meth:`before_step` and :meth:`after_step`.
 
     Args:
         config: the filter and its figures.
         schedule: names the phase of a step, when ``phase_gains`` are used.
+
+    Raises:
+        UsageError: ``phase_gains`` name a phase that the schedule does not have.
     """
 
     def __init__(self, config: GrokfastConfig, schedule: Schedule | None = None) -> None:
+        _check_phases(config, schedule)
         self.config, self.schedule = config, schedule
         self.lag = GeneralizationLag()
         self._new: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
@@ -166,96 +186,89 @@ class GradientFilter:
             callbacks.register(Event.EVAL_END, lambda step, metrics: self.lag.observe_validation(metrics))
 
     def state_dict(self) -> dict[str, Any]:
-        """What does not live in the optimizer's state: the evidence of "auto"."""
-        return self.lag.state_dict()
+        """What does not live in the optimizer's state: the evidence of "auto", and what the averages are."""
+        return {**self.lag.state_dict(), "average": self._average}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`.
+
+        Raises:
+            UsageError: the averages are those of another filter.
+        """
+        saved = state.get("average", self._average)
+        if saved != self._average:
+            raise UsageError(
+                f"the checkpoint has the slow averages of {saved} and this run {self._average}; "
+                "go on with the filter that it was started with"
+            )
         self.lag.load_state_dict(state)
 
+    @property
+    def _average(self) -> str:
+        """What the averages in the optimizer's state are, whatever is then done with them."""
+        if self.config.filter == "ma":
+            return f"filter='ma' with window={self.config.window}"
+        return "filter='ademamix'" if self.config.filter == "ademamix" else "filter='ema'"
+
     def linear(self, step: int) -> LinearFilter | None:
-        """The figures of the filter at optimizer step ``step``; None where one pass cannot apply it.
+        """The filter at a step of AdamW, counted from 0; None where one pass over memory cannot apply it.
 
         That is "ma", which is no such filter, and "ademamix", which also acts after the update.
         """
         if self.config.filter in ("ma", "ademamix"):
             return None
-        return self._linear(step, self.gain(step))
+        return self._linear(self.gain(step))
 
-    def _linear(self, step: int, gain: float) -> LinearFilter:
+    def _linear(self, gain: float, *, bounded: bool = False) -> LinearFilter:
         config = self.config
-        high_pass = config.filter == "high_pass"
-        of_gradient, of_average = (1 + gain, -gain) if high_pass else (1.0, gain)
-        unit = 1 + gain if config.unit_gain else 1.0
+        of_gradient, of_average = (1 + gain, -gain) if config.filter == "high_pass" else (1.0, gain)
+        unit = 1 + gain if config.unit_gain or bounded else 1.0
         half = config.average_dtype == "bfloat16"
         return LinearFilter(config.alpha, of_gradient / unit, of_average / unit, half)
 
     @torch.no_grad()
-    def filter_(
-        self,
-        params: Sequence[nn.Parameter],
-        state: Mapping[Any, Any],
-        step: int,
-        *,
-        divides: bool = False,
-    ) -> None:
-        """Filter ``p.grad`` of each parameter in place.
+    def before_step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
+        """Filter ``p.grad`` of each parameter in place, and update the averages.
 
         Args:
-            params: those with a gradient; all others keep their average.
-            state: ``optimizer.state``; averages that exist are updated there.
+            optimizer: about to step.
+            params: those of its parameters that have a gradient; all others keep their average.
             step: the optimizer step, counted from 0.
-            divides: the optimizer divides by a second moment, so that "ademamix" waits for
-                :meth:`add_slow_`.
         """
-        # torch's optimizers take a parameter with any state for one they have seen, so the first
-        # averages wait until the optimizer has made its own state (store_).
         self._new = []
-        gain = self.gain(step)
-        linear = None
-        if self.config.filter != "ma":
-            linear = self._linear(step, 0.0 if divides and self.config.filter == "ademamix" else gain)
-        averages: list[dict[str, Tensor]] = []
-        for p in params:
-            assert p.grad is not None
-            own = state.get(p, {})
-            if SLOW not in own or (linear is None and WINDOW not in own):
-                own = self._first_state(p.grad)
-                self._new.append((p, own))
-            if linear is not None and own[SLOW].dtype != (wanted := linear.dtype(p.grad)):
-                own[SLOW] = own[SLOW].to(wanted)
-            averages.append(own)
         grads = [p.grad for p in params if p.grad is not None]
         if not grads:
             return
-        if linear is None:
-            self._filter_ma_(grads, averages, gain)
-            if self.config.unit_gain:
-                torch._foreach_div_(grads, 1 + gain)
-        else:
-            filter_linear_(grads, [own[SLOW] for own in averages], linear, linear.seeds(step, len(grads)))
-
-    def store_(self, state_of: Callable[[nn.Parameter], dict[str, Any]]) -> None:
-        """Hand averages that were made in this step to the optimizer's state, after its step.
-
-        Args:
-            state_of: gives the optimizer's own state dict of a parameter.
-        """
-        for p, own in self._new:
-            state_of(p).update(own)
-        self._new = []
+        gain = self.gain(step)
+        if self.config.filter == "ma":
+            self._filter_ma_(grads, [self._state_of(optimizer, p) for p in params], gain)
+            return
+        if self.config.filter == "ademamix" and divides_by_second_moment(optimizer):
+            gain = 0.0  # its part of the update comes after the optimizer's own
+        # An optimizer that moves by the size of the gradient has a rate that was chosen without the gain.
+        bounded = self.config.filter == "auto" and not ignores_scale(optimizer)
+        if bounded:
+            gain = min(gain, steady_gain(optimizer, self.config.alpha))
+        linear = self._linear(gain, bounded=bounded)
+        averages = []
+        for p, grad in zip(params, grads, strict=True):
+            own = self._state_of(optimizer, p)
+            if own[SLOW].dtype != (wanted := linear.dtype(grad)):
+                own[SLOW] = own[SLOW].to(wanted)
+            averages.append(own[SLOW])
+        filter_linear_(grads, averages, linear, linear.seeds(step, len(grads)))
 
     @torch.no_grad()
-    def add_slow_(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
-        """The slow average's part of an AdEMAMix update, after the optimizer's own: nothing for others.
+    def after_step(self, optimizer: Optimizer, params: Sequence[nn.Parameter], step: int) -> None:
+        """Hand averages that are new to the optimizer's state, and take AdEMAMix's part of the update.
 
         ``p -= lr l mu / (sqrt(v / (1 - beta2**t)) + eps)``, with the v of this step.
 
-        Args:
-            optimizer: an Adam that has just stepped; others are left alone.
-            params: those with a gradient.
-            step: the optimizer step, counted from 0.
+        Args: as for :meth:`before_step`; the optimizer has stepped.
         """
+        for p, own in self._new:
+            optimizer.state[p].update(own)
+        self._new = []
         if self.config.filter != "ademamix" or not divides_by_second_moment(optimizer):
             return
         moved, gain = {id(p) for p in params}, self.gain(step)
@@ -270,6 +283,18 @@ class GradientFilter:
                 root = (second / correction).sqrt_().add_(group["eps"])
                 rate = float(group["lr"]) * gain * (1 if group.get("maximize") else -1)
                 p.add_((own[SLOW].float() / root).to(p.dtype), alpha=rate)
+
+    def _state_of(self, optimizer: Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+        """The state that holds a parameter's average, or a first one that :meth:`after_step` hands over.
+
+        Not sooner: torch's optimizers take a parameter with any state for one that they have seen.
+        """
+        own = optimizer.state.get(p, {})
+        if (WINDOW if self.config.filter == "ma" else SLOW) not in own:
+            assert p.grad is not None
+            own = self._first_state(p.grad)
+            self._new.append((p, own))
+        return own
 
     def _first_state(self, grad: Tensor) -> dict[str, Tensor]:
         if self.config.filter == "ma":
@@ -290,8 +315,20 @@ class GradientFilter:
             # Counted in the state, not by the step number: a step that is skipped leaves no gap.
             own[WINDOW].index_copy_(0, (own[COUNT] % window).long()[None], grad[None])
             own[COUNT] += 1
-            own[SLOW].copy_(torch.where(own[COUNT] >= window, own[WINDOW].mean(0), 0.0))
+            full = own[COUNT] >= window
+            own[SLOW].copy_(torch.where(full, own[WINDOW].mean(0), 0.0))
             grad.add_(own[SLOW], alpha=gain)
+            if self.config.unit_gain:
+                # Before the window is full nothing is added.
+                grad.div_(torch.where(full, 1 + gain, 1.0))
+
+
+def _check_phases(config: GrokfastConfig, schedule: Schedule | None) -> None:
+    known = {Phase.WARMUP, Phase.REFINEMENT} if isinstance(schedule, DecaySchedule) else set(Phase)
+    for name in config.phase_gains:
+        if schedule is None or name not in known:
+            what = "there is no schedule" if schedule is None else "the schedule has no such phase"
+            raise UsageError(f"phase_gains names {name}, and {what}; use schedule='phases', or leave it out")
 
 
 class GrokfastTrainer:
@@ -302,6 +339,9 @@ class GrokfastTrainer:
         optimizer: any torch optimizer, or a :class:`BitNetOptimizer`.
         config: the filter.
         schedule: the phases, for the figures that ``train_step`` reports and for ``phase_gains``.
+
+    Raises:
+        UsageError: the filter is "auto", which goes by validation figures that this trainer does not have.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -314,6 +354,11 @@ class GrokfastTrainer:
     def __init__(
         self, model: nn.Module, optimizer: Any, config: GrokfastConfig, schedule: Schedule | None = None
     ) -> None:
+        if config.filter == "auto":
+            raise UsageError(
+                "filter='auto' goes by validation, which GrokfastTrainer does not see; use filter='ema', or "
+                "create_training_pipeline"
+            )
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.filter = GradientFilter(config, schedule)
         self.step_count = 0
@@ -359,13 +404,12 @@ class GrokfastTrainer:
         self.optimizer.zero_grad()
         loss = loss_fn(self.model(batch["input"]), batch["target"])
         loss.backward()
-        if not self._hosted:
+        if self._hosted:
+            self.optimizer.step()
+        else:
             params = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-            divides = divides_by_second_moment(self.optimizer)
-            self.filter.filter_(params, self.optimizer.state, self.step_count, divides=divides)
-        self.optimizer.step()
-        if not self._hosted:
-            self.filter.store_(self.optimizer.state.__getitem__)
-            self.filter.add_slow_(self.optimizer, params, self.step_count)
+            self.filter.before_step(self.optimizer, params, self.step_count)
+            self.optimizer.step()
+            self.filter.after_step(self.optimizer, params, self.step_count)
         self.step_count += 1
         return {"loss": loss.item(), **report}

@@ -9,7 +9,7 @@ from torch import nn
 from oracles import bitnet, grokfast
 from phase4_bitnet.layers import BitLinear
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
-from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
+from phase5_training.pipeline.grokfast_trainer import AVERAGE_DTYPES, FILTERS, GradientFilter, GrokfastConfig
 
 
 def model_of(seed=0, **options):
@@ -161,31 +161,64 @@ def test_a_nonfinite_step_changes_nothing(guarded, bad, first):
                 assert torch.equal(value, before), key
 
 
-@pytest.mark.parametrize("name", ["auto", "muon", "adamw", "sgd"])
-def test_resume_is_bit_identical_for_each_optimizer(name):
+@pytest.mark.parametrize(
+    ("name", "average"),
+    [(name, dtype) for name in FILTERS for dtype in AVERAGE_DTYPES if (name, dtype) != ("ma", "bfloat16")],
+)
+@pytest.mark.parametrize("optimizer_name", ["muon", "adamw", "sgd"])
+def test_resume_is_bit_identical_for_each_optimizer_and_filter(name, optimizer_name, average):
     def make():
         model = model_of()
-        inner = build_optimizer(name, model, learning_rate=0.01, weight_decay=0.1)
-        return model, BitNetOptimizer(
-            inner, model, gradient_filter=GradientFilter(GrokfastConfig()), max_grad_norm=1.0
-        )
+        inner = build_optimizer(optimizer_name, model, learning_rate=0.01, weight_decay=0.1)
+        config = GrokfastConfig(filter=name, window=4, gain_warmup_steps=5, average_dtype=average)
+        own = GradientFilter(config)
+        own.lag.evidence = 0.5
+        return model, BitNetOptimizer(inner, model, gradient_filter=own, max_grad_norm=1.0)
 
     model, optimizer = make()
-    for step in range(3):
+    for step in range(6):
         backward(model, step)
         optimizer.step()
-    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    for step in range(3, 6):
-        backward(model, step)
-        optimizer.step()
+        if step == 2:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     resumed, other = make()
     resumed.load_state_dict(saved[0])
+    other.gradient_filter.lag.evidence = 0.0
     other.load_state_dict(saved[1])
     for step in range(3, 6):
         backward(resumed, step)
         other.step()
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("optimizer_name", ["muon", "adamw", "sgd"])
+def test_parameters_that_come_later_or_now_and_then_are_filtered_by_what_they_have_seen(name, optimizer_name):
+    """A frozen one has no average, one added later begins its own, one without a gradient keeps it."""
+    model = model_of()
+    model[3].weight.requires_grad_(False)
+    inner = build_optimizer(optimizer_name, model, learning_rate=0.01, weight_decay=0.0)
+    config = GrokfastConfig(filter=name, window=2)
+    optimizer = BitNetOptimizer(inner, model, gradient_filter=GradientFilter(config))
+    optimizer.gradient_filter.lag.evidence = 1.0
+    late = nn.Parameter(torch.ones(3))
+    for step in range(4):
+        backward(model, step)
+        if step == 1:
+            optimizer.add_param_group({"params": [late], "weight_decay": 0.0})
+        if step >= 1:
+            late.grad = torch.full((3,), 2.0)
+        if step == 3:
+            model[1].weight.grad = None
+            kept = optimizer.state[model[1].weight]["slow_gradient"].clone()
+        optimizer.step()
+    assert model[3].weight not in optimizer.state
+    assert torch.equal(optimizer.state[model[1].weight]["slow_gradient"], kept)
+    seen = 2.0 * (1 - 0.98**3) if name == "ademamix" else 2.0
+    torch.testing.assert_close(optimizer.state[late]["slow_gradient"], torch.full((3,), seen))
+    assert (late < 1).all()
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_muon_takes_hidden_matrices_and_adamw_the_rest():

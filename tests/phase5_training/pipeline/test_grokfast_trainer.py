@@ -5,7 +5,7 @@ from torch import nn
 
 from oracles import grokfast
 from phase5_training.events import CallbackRegistry, Event
-from phase5_training.phases import PhaseSchedule
+from phase5_training.phases import PhaseSchedule, build_schedule
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig, GrokfastTrainer
 
@@ -14,16 +14,16 @@ def gradients(steps=12, shape=(3, 4), seed=0):
     return np.random.default_rng(seed).normal(size=(steps, *shape)).astype(np.float32)
 
 
-def run_filter(config, series, schedule=None):
-    """Feed a series of gradients to one parameter; the optimizer's state is a plain dict."""
+def run_filter(config, series, make=torch.optim.SGD, evidence=0.0):
+    """Feed a series of gradients to one parameter of an optimizer that does not step."""
     parameter = nn.Parameter(torch.zeros(series[0].shape))
-    state = {parameter: {}}
-    subject = GradientFilter(config, schedule)
+    optimizer, subject = make([parameter], lr=0.1), GradientFilter(config)
+    subject.lag.evidence = evidence
     for step, g in enumerate(series):
         parameter.grad = torch.tensor(g)
-        subject.filter_([parameter], state, step)
-        subject.store_(state.__getitem__)
-        yield parameter.grad.numpy()
+        subject.before_step(optimizer, [parameter], step)
+        subject.after_step(optimizer, [parameter], step)
+        yield parameter.grad.numpy().copy()
 
 
 CASES = [
@@ -56,11 +56,10 @@ def test_ademamix_follows_the_published_algorithm(make, hosted):
     for step, (g, want) in enumerate(zip(series, expected, strict=True)):
         layer.weight.grad = torch.tensor(g)
         if not hosted:
-            subject.filter_([layer.weight], optimizer.state, step, divides=True)
+            subject.before_step(optimizer, [layer.weight], step)
         optimizer.step()
         if not hosted:
-            subject.store_(optimizer.state.__getitem__)
-            subject.add_slow_(optimizer, [layer.weight], step)
+            subject.after_step(optimizer, [layer.weight], step)
         np.testing.assert_allclose(layer.weight.detach().numpy(), want, rtol=1e-4, atol=1e-5)
 
 
@@ -72,10 +71,9 @@ def test_ademamix_maximizes_as_its_optimizer_does():
         subject = GradientFilter(GrokfastConfig(filter="ademamix", lambda_reg=5.0))
         for step, size in enumerate((1.0, 0.1, 0.2)):
             p.grad = torch.full((3,), sign * size)
-            subject.filter_([p], optimizer.state, step, divides=True)
+            subject.before_step(optimizer, [p], step)
             optimizer.step()
-            subject.store_(optimizer.state.__getitem__)
-            subject.add_slow_(optimizer, [p], step)
+            subject.after_step(optimizer, [p], step)
         moved.append(p.detach())
     assert torch.equal(*moved)
     assert (moved[0] < 1).all()
@@ -104,18 +102,47 @@ def test_ademamix_without_a_second_moment_adds_to_the_gradient():
         np.testing.assert_allclose(found, g + 2.0 * slow, rtol=2e-5, atol=1e-5)
 
 
-def test_auto_amplifies_by_the_evidence():
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam, torch.optim.Muon])
+def test_auto_amplifies_by_the_evidence(make):
     series = gradients()
     config = GrokfastConfig(filter="auto", alpha=0.9, lambda_reg=2.0)
     for e in (0.0, 0.25, 1.0):
-        parameter = nn.Parameter(torch.zeros(3, 4))
-        state, subject = {parameter: {}}, GradientFilter(config)
-        subject.lag.evidence = e
-        for step, (g, want) in enumerate(zip(series, grokfast.ema(series, 0.9, 2.0 * e), strict=True)):
-            parameter.grad = torch.tensor(g)
-            subject.filter_([parameter], state, step)
-            subject.store_(state.__getitem__)
-            np.testing.assert_allclose(parameter.grad.numpy(), want, rtol=2e-5, atol=1e-5)
+        expected = grokfast.ema(series, 0.9, 2.0 * e)
+        for found, want in zip(run_filter(config, series, make, e), expected, strict=True):
+            np.testing.assert_allclose(found, want, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("momentum", "most"), [(0.0, 2.0), (0.9, 1.0), (0.95, 0.5)])
+def test_auto_does_not_raise_the_rate_of_sgd(momentum, most):
+    """(1 - momentum) / (1 - alpha) is the greatest gain, and it is divided by."""
+
+    def make(params, lr):
+        return torch.optim.SGD(params, lr, momentum=momentum)
+
+    series = gradients()
+    config = GrokfastConfig(filter="auto", alpha=0.9, lambda_reg=2.0)
+    expected = grokfast.ema(series, 0.9, most)
+    for found, want in zip(run_filter(config, series, make, 1.0), expected, strict=True):
+        np.testing.assert_allclose(found, want / (1 + most), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "nesterov"), [(0.0, False), (0.5, False), (0.9, False), (0.9, True), (0.95, True)]
+)
+def test_what_sgd_bears_it_bears_with_the_adaptive_filter(momentum, nesterov):
+    """On curvatures up to the edge of SGD's own stability, at full evidence."""
+    rate = 0.1
+    curvatures = grokfast.stable_curvatures(momentum, rate, nesterov=nesterov)
+    parameter = nn.Parameter(torch.ones(len(curvatures)))
+    inner = torch.optim.SGD([parameter], rate, momentum=momentum, nesterov=nesterov)
+    subject = GradientFilter(GrokfastConfig(filter="auto", alpha=0.95, lambda_reg=10.0))
+    subject.lag.evidence = 1.0
+    optimizer = BitNetOptimizer(inner, nn.Identity(), gradient_filter=subject)
+    for _ in range(3000):
+        parameter.grad = torch.tensor(curvatures, dtype=torch.float32) * parameter.detach()
+        optimizer.step()
+    assert parameter.abs().max() < 10
+    assert parameter[1:].abs().max() < 0.9  # the flattest has hardly begun
 
 
 def test_auto_watches_a_loop_and_its_evidence_survives_a_checkpoint():
@@ -146,6 +173,15 @@ def test_unit_gain_passes_a_constant_gradient(name):
     config = GrokfastConfig(filter=name, window=1, unit_gain=True, lambda_reg=4.0)
     for found in run_filter(config, series):
         np.testing.assert_allclose(found, 1.0, rtol=1e-6)
+
+
+def test_unit_gain_divides_by_nothing_before_the_window_is_full():
+    """There is nothing added yet: divided, the first steps of a run would be too small by (1 + l)."""
+    config = GrokfastConfig(filter="ma", window=3, unit_gain=True, lambda_reg=4.0)
+    series = gradients()
+    oracle = grokfast.ma(series, 3, 4.0)
+    for step, (found, want) in enumerate(zip(run_filter(config, series), oracle, strict=True)):
+        np.testing.assert_allclose(found, want / (1 if step < 2 else 5), rtol=2e-5, atol=1e-5)
 
 
 def test_gain_warms_up_and_follows_the_phase():
@@ -202,13 +238,72 @@ def test_by_hand_equals_filter_then_sgd():
     ("options", "message"),
     [
         ({"alpha": 1.0}, r"not in \[0, 1\)"),
-        ({"lambda_reg": -1.0}, "negative"),
+        ({"lambda_reg": -1.0}, "grokfast_lambda=-1.0 is not a number of 0 or more"),
         ({"filter": "emma"}, "did you mean 'ema'"),
         ({"window": 0}, "at least 1"),
         ({"phase_gains": {"cooldown": 1.0}}, "the phases are warmup"),
         ({"filter": "ademamix", "unit_gain": True}, "no gain to divide by"),
+        ({"alpha": float("nan")}, r"not in \[0, 1\)"),
+        ({"lambda_reg": float("inf")}, "grokfast_lambda=inf is not a number of 0 or more"),
+        ({"lambda_reg": float("nan")}, "grokfast_lambda=nan is not a number of 0 or more"),
+        ({"phase_gains": {"warmup": -1.0}}, "warmup=-1.0; a factor on the gain is 0 or more"),
+        ({"phase_gains": {"warmup": float("nan")}}, "warmup=nan; a factor on the gain is 0 or more"),
     ],
 )
 def test_bad_figures_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         GrokfastConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [(None, "there is no schedule"), ("cosine", "the schedule has no such phase")],
+)
+def test_gains_of_phases_that_never_come_are_refused(schedule, message):
+    config = GrokfastConfig(phase_gains={"acceleration": 0.5})
+    with pytest.raises(ValueError, match=f"phase_gains names acceleration, and {message}"):
+        GradientFilter(config, build_schedule(schedule, 100) if schedule else None)
+
+
+def test_a_trainer_without_validation_refuses_the_filter_that_goes_by_it():
+    layer = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    with pytest.raises(ValueError, match="filter='auto' goes by validation"):
+        GrokfastTrainer(layer, optimizer, GrokfastConfig(filter="auto"))
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "fits"),
+    [
+        ("ema", "ema", True),
+        ("ema", "auto", True),
+        ("auto", "high_pass", True),
+        ("ma", "ma", True),
+        ("ma", "ema", False),
+        ("ema", "ma", False),
+        ("ademamix", "ema", False),
+    ],
+)
+def test_averages_of_another_filter_are_refused(saved, now, fits):
+    """Taken over, the mean of a window would pass for an exponential average, and the reverse."""
+    layer = nn.Linear(2, 2)
+
+    def make(name, window=3):
+        config = GrokfastConfig(filter=name, window=window)
+        inner = torch.optim.AdamW(layer.parameters())
+        return BitNetOptimizer(inner, layer, gradient_filter=GradientFilter(config))
+
+    first = make(saved)
+    layer(torch.ones(1, 2)).sum().backward()
+    first.step()
+    state = first.state_dict()
+    if fits:
+        make(now).load_state_dict(state)
+    else:
+        with pytest.raises(ValueError, match="go on with the filter that it was started with"):
+            make(now).load_state_dict(state)
+    if saved == now == "ma":
+        with pytest.raises(ValueError, match="window=3 and this run filter='ma' with window=4"):
+            make(now, window=4).load_state_dict(state)
+    del state["filter"]["average"]  # as written before averages had a name
+    make(saved).load_state_dict(state)
