@@ -34,6 +34,36 @@ def test_by_loss_where_there_is_no_accuracy(loss, validation, evidence):
     assert lag.evidence == pytest.approx(min(1.0, evidence))
 
 
+@pytest.mark.parametrize(
+    ("later", "units", "evidence"),
+    [
+        (0.5, None, 1.0),
+        (0.47, None, 1.0),  # one margin below the best
+        (0.455, None, 0.5),
+        (0.44, None, 0.0),
+        (0.3, None, 0.0),
+        (0.44, 10_000, 0.0),  # two standard errors are 0.01
+        (0.4, 100, 1.0),  # two standard errors are 0.1
+        (0.35, 100, 0.5),
+    ],
+)
+def test_a_network_that_was_better_overfits_and_does_not_wait(later, units, evidence):
+    lag = observed([{"loss": 2.0, "accuracy": 1.0}], {"loss": 3.0, "accuracy": 0.5, "units": units})
+    assert lag.evidence == 1.0
+    lag.observe_validation({"loss": 9.0, "accuracy": later, "units": units})
+    assert lag.evidence == pytest.approx(evidence)
+    lag.observe_validation({"loss": 9.0, "accuracy": 0.5, "units": units})
+    assert lag.evidence == 1.0
+
+
+def test_falling_back_by_the_loss():
+    """1 - loss / 2 falls from 0.3 to 0.255 while training fits all of it."""
+    lag = observed([{"loss": 2.0}, {"loss": 0.0}], {"loss": 1.4})
+    assert lag.evidence == 1.0
+    lag.observe_validation({"loss": 1.49})
+    assert lag.evidence == pytest.approx(0.5)
+
+
 def test_without_figures_there_is_no_evidence():
     assert observed([], {"loss": 1.0, "accuracy": 0.0}).evidence == 0.0
     nan = float("nan")
@@ -64,3 +94,8 @@ def test_state_survives_json():
     assert again.state_dict() == lag.state_dict()
     again.observe_validation({"loss": 0.1})
     assert again.evidence == 0.0
+    state = lag.state_dict()
+    del state["best"]  # as written by earlier versions
+    again.load_state_dict(state)
+    again.observe_validation({"loss": 1.9})
+    assert again.evidence == 1.0
