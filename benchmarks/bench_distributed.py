@@ -8,14 +8,20 @@ on all alike. A rank has the same tokens a step in all cases: weak scaling, the 
 twice that of one. Two processes wait for the slower one, so that a third program costs them more than it
 costs one alone: a round in which others took more than --others of a core during any turn is taken again.
 
+"2 apart" are two processes that train alone, at one time and without knowing of each other: what they lose
+the machine takes, as cores share bandwidth, cache and clock. What two ranks have less than those is what
+training together costs.
+
 With --core all share that core, and --others counts what else runs there. What is left of the efficiency is
-what sending costs in processor time, as nobody waits while there is something to compute.
+what sending costs in processor time, as nobody waits while there is something to compute. With --pin each
+rank has a core of its own, those of "2 apart" too; else the system moves them as it likes.
 
 A row of --output holds, with one figure a round where it is a list,
 
     case           processes and mode; fsdp_float gathers float32 latents, fsdp the codes in 2 bits
     tokens_per_s   over the steps of a turn but its first
     efficiency     tokens_per_s of a core over that of one process, of the same round
+    of_apart       tokens_per_s over that of "2 apart", of the same round
     cpu_ms         processor time of a rank and step, all of its threads
     others         share of a core that other programs took during the turn
     given_up       rounds that were taken again
@@ -42,7 +48,7 @@ import torch
 
 from interleave import circumstances, quartiles, write_rows
 
-CASES = ("1", "2 ddp", "2 ddp_bf16", "2 fsdp", "2 fsdp_float")
+CASES = ("1", "2 apart", "2 ddp", "2 ddp_bf16", "2 fsdp", "2 fsdp_float")
 
 
 def main() -> None:
@@ -58,6 +64,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=60, help="rounds at most, those taken again too")
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--core", type=int, help="the one that all processes share")
+    parser.add_argument("--pin", action="store_true", help="each rank to a core of its own")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -75,12 +82,13 @@ def main() -> None:
         row: dict[str, Any] = {key: [turn[key] for turn in turns] for key in turns[0]}
         row["loopback"] = statistics.median(row["loopback"])
         row |= {key: row[key][-1] for key in ("gathered", "reduced")}
-        if "1" in cases and name != "1":
-            pairs = zip(row["tokens_per_s"], (taken["1"]["tokens_per_s"] for taken in rounds), strict=True)
-            cores = int(name[0]) if options.core is None else 1
-            row["efficiency"] = [round(own / alone / cores, 4) for own, alone in pairs]
-            low, middle, high = quartiles(row["efficiency"])
-            print(f"{name}: efficiency {middle:.1%} ({low:.1%} to {high:.1%}) of {len(rounds)} rounds")
+        cores = int(name[0]) if options.core is None else 1
+        for key, base, times in (("efficiency", "1", cores), ("of_apart", "2 apart", 1)):
+            if base in cases and name not in ("1", base):
+                pairs = ((taken[name]["tokens_per_s"], taken[base]["tokens_per_s"]) for taken in rounds)
+                row[key] = [round(own / other / times, 4) for own, other in pairs]
+                low, middle, high = quartiles(row[key])
+                print(f"{name}: {key} {middle:.1%} ({low:.1%} to {high:.1%}) of {len(rounds)} rounds")
         print(
             f"{name}: {statistics.median(row['cpu_ms']):.0f} ms of processor time a step and rank; ", end=""
         )
@@ -88,7 +96,8 @@ def main() -> None:
         rows.append({"case": name, **row, "given_up": given_up})
     if options.output:
         sizes = {
-            key: getattr(options, key) for key in ("width", "layers", "tokens", "steps", "others", "core")
+            key: getattr(options, key)
+            for key in ("width", "layers", "tokens", "steps", "others", "core", "pin")
         }
         write_rows(options.output, [{**sizes, **row, **circumstances()} for row in rows])
 
@@ -132,6 +141,7 @@ class Case:
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--monitor-interval=5"]
         words += [f"--nproc-per-node={self.ranks}", __file__, "--rank-of", f"{self.name}|{self.folder}"]
         words += [f"--{key}={getattr(own, key)}" for key in ("width", "layers", "tokens", "steps", "tries")]
+        words += ["--pin"] * own.pin
         self._process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
         self._pipes = [(self._opened(go), done.open()) for go, done in places]
         return self
@@ -155,7 +165,7 @@ class Case:
         self._folder.cleanup()
 
     def turn(self) -> dict[str, Any]:
-        """Let all ranks take their steps; figures of the first one, processor time of the middle of them."""
+        """Let all ranks take their steps; figures of the first one, tokens and processor time of all."""
         began, busy = time.perf_counter(), busy_seconds(self.options.core)
         for go, _ in self._pipes:
             go.write("go\n")
@@ -166,8 +176,9 @@ class Case:
         found = [json.loads(line) for line in lines]
         seconds, busy = time.perf_counter() - began, busy_seconds(self.options.core) - busy
         own = sum(rank.pop("processor_seconds") for rank in found)
+        tokens = round(sum(rank["tokens_per_s"] for rank in found), 1)
         cpu = statistics.mean(rank["cpu_ms"] for rank in found)
-        return {**found[0], "cpu_ms": round(cpu, 1), "others": round(max(0.0, busy - own) / seconds, 3)}
+        return {**found[0], "tokens_per_s": tokens, "cpu_ms": round(cpu, 1), "others": round(max(0.0, busy - own) / seconds, 3)}
 
 
 def work(options: argparse.Namespace) -> None:
@@ -177,11 +188,17 @@ def work(options: argparse.Namespace) -> None:
     report.write_report = lambda runs, output=None: Path()
     torch.set_num_threads(1)
     case, folder = options.rank_of.split("|")
-    ranks, _, mode = case.partition(" ")
+    _, _, mode = case.partition(" ")
     if mode == "fsdp_float":
         sharded._mark_latents = lambda model, parts: None
     length, rank = 128, os.environ["RANK"]
-    batch = options.tokens // length * int(ranks)
+    name = "run"
+    if mode == "apart":
+        os.environ["WORLD_SIZE"], name = "1", f"run-{rank}"
+    if options.pin:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(rank) % len(cores)]})
+    batch = options.tokens // length * int(os.environ["WORLD_SIZE"])
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 256, (batch * 8 * (length + 1),), generator=draw)
     data = Path(folder) / f"tokens-{rank}.bin"
@@ -191,12 +208,12 @@ def work(options: argparse.Namespace) -> None:
         "decoder", str(data), batch_size=batch, max_steps=options.steps * (options.tries + 2), epochs=9999,
         model_options={"dim": options.width, "layers": options.layers, "heads": options.width // 64},
         optimizer="adamw", learning_rate=1e-3, grokfast_alpha=0.98, grokfast_lambda=0.5,
-        experiment_name="run", output_dir=f"{folder}/runs", use_amp=False, compile=False, device="cpu",
-        parallel=mode.partition("_")[0] or "auto", progress="quiet", validation_split=0.0, max_length=length,
+        experiment_name=name, output_dir=f"{folder}/runs", use_amp=False, compile=False, device="cpu",
+        parallel="fsdp" if mode.startswith("fsdp") else "ddp", progress="quiet", validation_split=0.0, max_length=length,
         gradient_compression="bf16" if mode.endswith("bf16") else "none", log_interval=10**6, drop_last=True,
         checkpoint_interval=10**6,
     )  # fmt: skip
-    turns = take_steps(options.steps, batch * length, made, Path(folder), rank)
+    turns = take_steps(options.steps, options.tokens, made, Path(folder), rank)
     next(turns)
     made.register_callback("step_end", lambda step, metrics: next(turns))
     made.run()

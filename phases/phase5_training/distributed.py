@@ -48,7 +48,7 @@ class Ranks:
 
     Example:
         >>> alone = Ranks()
-        >>> alone.first, alone.chosen("here"), alone.gathered(3), alone.totals(5, 4, False)
+        >>> alone.first, alone.chosen("here"), alone.gathered(3), alone.totals(5, 4, False)()
         (True, 'here', [3], (5, 4, False))
     """
 
@@ -101,13 +101,21 @@ class Ranks:
         """Whether it is so on any rank."""
         return value
 
-    def totals(self, units: Units, samples: int, asked: bool) -> tuple[Units, int, bool]:
-        """Units and samples of a batch over all ranks, and whether any was asked to stop."""
-        return units, samples, asked
+    def totals(self, units: Units, samples: int, asked: bool) -> Callable[[], tuple[Units, int, bool]]:
+        """Begin to add up units and samples of a batch over all ranks, and whether any was asked to stop.
 
-    def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> bool:
-        """Replace () or (n,) tensors by their sums over the ranks; returns whether any rank ``failed``."""
-        return failed
+        Returns:
+            What waits for that and gives it.
+        """
+        return lambda: (units, samples, asked)
+
+    def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> Callable[[], bool]:
+        """Begin to add up tensors over the ranks.
+
+        Returns:
+            What waits for that, replaces them by their sums, and gives whether any rank ``failed``.
+        """
+        return lambda: failed
 
     def level_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of the first rank."""
@@ -182,25 +190,35 @@ class ProcessGroup(Ranks):
 
     def any(self, value: bool) -> bool:
         """See :class:`Ranks`."""
-        return bool(self._sum([value])[0])
+        return bool(self._sum([value])()[0])
 
-    def totals(self, units: Units, samples: int, asked: bool) -> tuple[Units, int, bool]:
+    def totals(self, units: Units, samples: int, asked: bool) -> Callable[[], tuple[Units, int, bool]]:
         """See :class:`Ranks`."""
-        total, all_samples, any_asked = self._sum([float(units), samples, asked])
-        whole: Any = torch.tensor(int(total)) if isinstance(units, Tensor) else int(total)
-        return whole, int(all_samples), bool(any_asked)
+        sums = self._sum([float(units), samples, asked])
 
-    def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> bool:
+        def awaited() -> tuple[Any, int, bool]:
+            total, all_samples, any_asked = sums()
+            whole = torch.tensor(int(total)) if isinstance(units, Tensor) else int(total)
+            return whole, int(all_samples), bool(any_asked)
+
+        return awaited
+
+    def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> Callable[[], bool]:
         """See :class:`Ranks`."""
-        on_host = all(t.device.type == "cpu" for t in tensors)
-        sums = torch.cat([t.detach().double().reshape(-1) for t in tensors])
-        if on_host:
-            sums = torch.cat([sums, torch.tensor([float(failed)], dtype=torch.float64)])
-        dist.all_reduce(sums, group=self.group)
-        for t, total in zip(tensors, sums.split([t.numel() for t in tensors] + [1] * on_host), strict=False):
-            t.copy_(total.view(t.shape))
-        # Read on the host: a sum that is on the device would be waited for.
-        return bool(sums[-1]) if on_host else self.any(failed)
+        sums, sizes = torch.cat([t.detach().double().reshape(-1) for t in tensors]), [t.numel() for t in tensors]
+        flag = torch.tensor([float(failed)], dtype=torch.float64)
+        # A flag that is on the device would be waited for there.
+        sent = [torch.cat([sums, flag])] if sums.device.type == "cpu" else [sums, flag]
+        works = [dist.all_reduce(own, group=self.group, async_op=True) for own in sent]
+
+        def awaited() -> bool:
+            for work in works:
+                work.wait()
+            for t, total in zip(tensors, sent[0][: sum(sizes)].split(sizes), strict=True):
+                t.copy_(total.view(t.shape))
+            return bool(sent[-1][-1])
+
+        return awaited
 
     def level_(self, tensors: Sequence[Tensor]) -> None:
         """See :class:`Ranks`."""
@@ -224,10 +242,15 @@ class ProcessGroup(Ranks):
         self._told = copy.copy(now)
         return found
 
-    def _sum(self, values: Sequence[float]) -> list[float]:
+    def _sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        dist.all_reduce(sums, group=self.group)
-        return sums.tolist()
+        work = dist.all_reduce(sums, group=self.group, async_op=True)
+
+        def awaited() -> list[float]:
+            work.wait()
+            return sums.tolist()  # type: ignore[no-any-return]
+
+        return awaited
 
 
 def launched() -> tuple[int, int]:

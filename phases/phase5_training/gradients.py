@@ -26,8 +26,10 @@ class BatchGradient:
     smaller size. What a model counts in buffers (the running means of a BatchNorm) keeps the trace of the
     first try.
 
-    Among several ranks each has a part of the batch. The loss is the mean over all of it, and whether memory
-    ran out is agreed before the last backward, in which the gradients are exchanged.
+    Among several ranks each has a part of the batch, and the loss is the mean over all of it. What the ranks
+    tell each other travels beside the forward and the backward, so that they wait for the slowest once a
+    step, for its gradients. One whose memory ran out before the last backward exchanges zeros, and all of
+    them give the batch up.
 
     Args:
         model: called as ``model(micro_batch["input"])``; one with ``no_sync`` exchanges its gradients in
@@ -62,7 +64,7 @@ class BatchGradient:
         """Samples of the last batch, those of all ranks."""
         self._amp_dtype, self._scaler = amp_dtype, scaler
         self._flag, self._count, self._forget = flag, count, forget
-        self._ranks, self._sums, self._agreed = ranks or Ranks(), sums, False
+        self._ranks, self._sums, self._exchanging = ranks or Ranks(), sums, False
 
     def add(self, batch: Batch, loss_fn: Any) -> tuple[Tensor, bool | Tensor]:
         """Add the gradient of a batch.
@@ -81,7 +83,7 @@ class BatchGradient:
         before = random_state()
         while True:
             used = min(self.size or count_samples(batch), count_samples(batch))
-            self._agreed = mine = False
+            self._exchanging = mine = False
             try:
                 return self._try(batch, loss_fn)
             except StopAsked:
@@ -120,7 +122,7 @@ class BatchGradient:
         """
         if self._ranks.alone:
             return
-        if self._agreed or not hasattr(self.model, "no_sync"):
+        if self._exchanging or not hasattr(self.model, "no_sync"):
             raise RunFailed(
                 f"out of memory on rank {self._ranks.rank} while the ranks exchange tensors "
                 f"({_first_line(error)}); go on with micro_batch_size={max(1, used // 2)}"
@@ -135,9 +137,7 @@ class BatchGradient:
     def _try(self, batch: Batch, loss_fn: Any) -> tuple[Tensor, bool | Tensor]:
         micro_batches = micro_batches_of(batch, self.size)
         units = [loss_fn.units(m) for m in micro_batches]
-        total, self.samples, asked = self._ranks.totals(sum(units), count_samples(batch), self._flag.wished)
-        if asked:
-            self._flag.asked = True
+        totals = self._ranks.totals(sum(units), count_samples(batch), self._flag.wished)
         loss = torch.zeros((), device=self.device)
         for number, (micro_batch, own) in enumerate(zip(micro_batches, units, strict=True)):
             if number:
@@ -148,36 +148,29 @@ class BatchGradient:
                 with torch.autocast(self.device.type, self._amp_dtype, enabled=self._amp_dtype is not None):
                     outputs = self.model(micro_batch["input"])
                     mean = loss_fn(outputs, micro_batch)
+                if not number:
+                    total, self.samples, asked = totals()
+                    if asked:
+                        self._flag.asked = True
                 share = _share(mean, own, total)
                 loss += share.detach()
                 self._count(outputs, micro_batch["target"])
                 if last:
-                    self._agree(loss, share)
+                    self._exchanging = True
+                    others = self._ranks.add_up_([loss, *self._sums])
                 (self._scaler.scale(share) if self._scaler else share).backward()
-        if not self._ranks.alone and hasattr(loss_fn, "parameters"):
+        if others():
+            raise _OtherOutOfMemory
+        if hasattr(loss_fn, "parameters"):
             grads = [p.grad for p in loss_fn.parameters() if p.grad is not None]
-            for grad in grads:
-                self._ranks.add_up_([grad])
+            if grads:
+                self._ranks.add_up_(grads)()
         return loss, total > 0
 
     def _apart(self) -> contextlib.AbstractContextManager[None]:
         """A forward and backward without the other ranks."""
         own: Any = getattr(self.model, "no_sync", contextlib.nullcontext)
         return own()
-
-    def _agree(self, loss: Tensor, share: Tensor) -> None:
-        """Before the last backward: add up the loss over the ranks.
-
-        Raises:
-            _OtherOutOfMemory: a rank has no gradient to exchange.
-        """
-        if self._ranks.alone:
-            return
-        self._agreed = True
-        if self._ranks.add_up_([loss, *self._sums]):
-            # The forward has begun an exchange, which torch lets nobody leave.
-            (share * 0).backward()
-            raise _OtherOutOfMemory
 
 
 class _OtherOutOfMemory(Exception):  # noqa: N818 - not of this rank

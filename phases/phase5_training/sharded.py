@@ -6,6 +6,7 @@ the whole is added up over the ranks: the norm that gradients are clipped to, an
 the scale of a ternary layer is, one all-reduce a step for all layers together.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -97,7 +98,9 @@ class _Gather(_Buffers, AllGather):
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool = False
     ) -> Any:
         self._traffic.gathered += input_tensor.nbytes
-        return _ALL_GATHER(output_tensor, input_tensor, group=group, async_op=async_op)
+        # A CPU has no streams: FSDP waits for what is returned, when the weights are used.
+        beside = async_op or input_tensor.device.type == "cpu"
+        return _ALL_GATHER(output_tensor, input_tensor, group=group, async_op=beside)
 
 
 class _Scatter(_Buffers, ReduceScatter):
@@ -150,6 +153,7 @@ def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    _gather_ahead(model, blocks, all_at_once=not again)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_custom_all_gather(_Gather(ranks.traffic))
@@ -215,6 +219,21 @@ def may_stay_gathered(model: nn.Module, blocks: Sequence[nn.Module], parts: int)
     gathered = sum(p.numel() // 4 if isinstance(p, ShardedLatent) else p.nbytes for p in own)
     state = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters()) / parts
     return gathered <= MOST_GATHERED * state
+
+
+def _gather_ahead(model: Any, blocks: Sequence[Any], *, all_at_once: bool) -> None:
+    """Have blocks gathered while those before them compute: all from the start where all stay, else the next.
+
+    Args:
+        model: sharded.
+        blocks: of it, sharded, in the order in which it calls them.
+        all_at_once: whether they stay.
+    """
+    if all_at_once:
+        model.set_modules_to_forward_prefetch(list(blocks))
+        return
+    for first, second in itertools.pairwise([model, *blocks]):
+        first.set_modules_to_forward_prefetch([second])
 
 
 def _keep_own_codes(layer: TernaryWeight) -> None:
