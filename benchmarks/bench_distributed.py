@@ -178,7 +178,12 @@ class Case:
         own = sum(rank.pop("processor_seconds") for rank in found)
         tokens = round(sum(rank["tokens_per_s"] for rank in found), 1)
         cpu = statistics.mean(rank["cpu_ms"] for rank in found)
-        return {**found[0], "tokens_per_s": tokens, "cpu_ms": round(cpu, 1), "others": round(max(0.0, busy - own) / seconds, 3)}
+        return {
+            **found[0],
+            "tokens_per_s": tokens,
+            "cpu_ms": round(cpu, 1),
+            "others": round(max(0.0, busy - own) / seconds, 3),
+        }
 
 
 def work(options: argparse.Namespace) -> None:

@@ -205,7 +205,8 @@ class ProcessGroup(Ranks):
 
     def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> Callable[[], bool]:
         """See :class:`Ranks`."""
-        sums, sizes = torch.cat([t.detach().double().reshape(-1) for t in tensors]), [t.numel() for t in tensors]
+        sums = torch.cat([t.detach().double().reshape(-1) for t in tensors])
+        sizes = [t.numel() for t in tensors]
         flag = torch.tensor([float(failed)], dtype=torch.float64)
         # A flag that is on the device would be waited for there.
         sent = [torch.cat([sums, flag])] if sums.device.type == "cpu" else [sums, flag]
