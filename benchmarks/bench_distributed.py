@@ -214,9 +214,9 @@ def work(options: argparse.Namespace) -> None:
         model_options={"dim": options.width, "layers": options.layers, "heads": options.width // 64},
         optimizer="adamw", learning_rate=1e-3, grokfast_alpha=0.98, grokfast_lambda=0.5,
         experiment_name=name, output_dir=f"{folder}/runs", use_amp=False, compile=False, device="cpu",
-        parallel="fsdp" if mode.startswith("fsdp") else "ddp", progress="quiet", validation_split=0.0, max_length=length,
+        parallel="fsdp" if mode.startswith("fsdp") else "ddp", progress="quiet", validation_split=0.0,
         gradient_compression="bf16" if mode.endswith("bf16") else "none", log_interval=10**6, drop_last=True,
-        checkpoint_interval=10**6,
+        checkpoint_interval=10**6, max_length=length,
     )  # fmt: skip
     turns = take_steps(options.steps, options.tokens, made, Path(folder), rank)
     next(turns)
