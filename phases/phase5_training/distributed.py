@@ -249,7 +249,7 @@ class ProcessGroup(Ranks):
 
         def awaited() -> list[float]:
             work.wait()
-            return sums.tolist()  # type: ignore[no-any-return]
+            return sums.tolist()
 
         return awaited
 
