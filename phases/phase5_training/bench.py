@@ -145,10 +145,14 @@ def bench(
     runs: list[Row] = []
     about = circumstances()
     figures: dict[str, Tuned] = {}
+    if not quiet:
+        console.print("warming up: a few steps of each recipe, which nobody times")
     warm_up(contest, [(RECIPES[name], known.get(RECIPES[name].tuned_as)) for name in recipes])
     for name in recipes:
         base = RECIPES[name].tuned_as
         if base and base not in figures:
+            if base not in known and not quiet:
+                console.print(f"tuning {RECIPES[base].title} by short trials")
             # Not on a seed that is reported, which would be the one that was tuned for.
             figures[base] = known.get(base) or tune_once(contest, base, max(seeds) + 1)
             append(record, {"kind": "tuned", **tuned_row(contest.name, base, figures[base]), **about})

@@ -12,6 +12,7 @@ import shlex
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,7 @@ def run_once(
         "figure": None, "higher": True,
         "curve": curve, "best": None, "test": None, "steps": 0, "stop_reason": "failed", "error": "",
         "tuning_steps": tuned.steps if tuned else 0, "tuning_seconds": tuned.seconds if tuned else 0.0,
+        "tuning_trials": tuned.trials if tuned else 0, "tuning_source": tuned.source if tuned else "",
         "cap_steps": options.get("max_steps"), "cap_seconds": options.get("max_seconds"),
     }  # fmt: skip
     with _cold_compiler():
@@ -240,7 +242,9 @@ def _cold_compiler() -> Iterator[None]:
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()
-    with inductor.patch(force_disable_caches=True):
+    with inductor.patch(force_disable_caches=True), warnings.catch_warnings():
+        # Torch warns that its caches are off, which is what was asked for.
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
         yield
 
 

@@ -139,6 +139,8 @@ def summaries(runs: Sequence[Row], targets: Sequence[float | str]) -> list[Row]:
                     "whole_seconds": quartiles(run["seconds"] for run in own),
                     "tuning_steps": own[0]["tuning_steps"],
                     "tuning_seconds": tuning,
+                    "tuning_trials": own[0].get("tuning_trials"),
+                    "tuning_source": own[0].get("tuning_source", ""),
                     "test": figure_quartiles((run["test"] for run in own), higher=judged["higher"]),
                     "watched": figure_quartiles((run["best"] for run in own), higher=judged["higher"]),
                     **_ratios(reached, name),

@@ -61,6 +61,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be read beside the tables, a sentence each."""
     first = [row for row in rows if row["target"] == rows[0]["target"]]
     said = [f"computed in {how}: {'; '.join(names)}" for how, names in _computed(first).items()]
+    said += _tuned_by(first)
     for row in first:
         if row["errors"]:
             said.append(f"{_title(row)}: {row['errors']} of {row['seeds']} runs failed ({row['error']})")
@@ -105,6 +106,16 @@ def _computed(rows: Sequence[Row]) -> dict[str, list[str]]:
 def _how(row: Row) -> str:
     compiled = " and ".join("compiled" if each else "not compiled" for each in row["compiled"])
     return ", ".join(filter(None, (" and ".join(row["precision"]), compiled)))
+
+
+def _tuned_by(rows: Sequence[Row]) -> list[str]:
+    """Where the figures of the tuned recipes come from: not all need have had the same search."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["tuning_source"]:
+            trials = "" if row["tuning_trials"] is None else f" ({row['tuning_trials']} runs)"
+            found.setdefault(row["tuning_source"], []).append(f"{_title(row)}{trials}")
+    return [f"tuned by {source}: {'; '.join(names)}" for source, names in found.items()]
 
 
 def _with_tuning(rows: Sequence[Row]) -> list[str]:
@@ -166,6 +177,8 @@ def _tuning(row: Row) -> tuple[str, str]:
 
 
 def _three(values: Sequence[float | None], form: str, missing: str = "never") -> str:
+    if all(value is None for value in values):
+        return missing
     return " / ".join(_one(v, form, missing) for v in values)
 
 

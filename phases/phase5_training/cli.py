@@ -209,8 +209,10 @@ def _tune(words: Sequence[str]) -> int:
     parser.add_argument("--output", help="YAML file to write; default CONFIG-tuned.yaml beside it")
     found = parser.parse_strictly(words)
     from phase5_training.commands import tune
+    from phase5_training.tune import COLUMNS, in_columns
 
-    tuning, written, trials = tune(found.config, found.output)
+    print(f"short trials: {COLUMNS}")
+    tuning, written, trials = tune(found.config, found.output, lambda t: print(in_columns(t), flush=True))
     print(tuning.sentence())
     print(f"trials: {trials}")
     print(f"train with: forge train {written}")

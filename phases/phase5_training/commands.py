@@ -3,7 +3,7 @@
 import contextlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.records import CHECKPOINTS, EXPORT, RunDirectory
 from phase5_training.results import TrainingResult
 from phase5_training.run_folder import open_run
-from phase5_training.tune import Tuning, write_tuned
+from phase5_training.tune import Trial, Tuning, write_tuned
 
 # What lets a complete run go on.
 PATIENCE = {"patience", "early_stopping"}
@@ -59,12 +59,15 @@ def train(config_file: str | None, overrides: Mapping[str, Any]) -> TrainingResu
     return pipeline_from({**values, **overrides}).run()
 
 
-def tune(config_file: str, output: str | None = None) -> tuple[Tuning, Path, Path]:
+def tune(
+    config_file: str, output: str | None = None, tell: Callable[[Trial], None] | None = None
+) -> tuple[Tuning, Path, Path]:
     """Find rate, decay, optimizer and filter for the run of a YAML file, and write them into another.
 
     Args:
         config_file: as for :func:`train`.
         output: the file to write; None writes ``<name>-tuned.yaml`` beside the first.
+        tell: called with each trial when it is over.
 
     Returns:
         What was found, the file written, and the file of the trials.
@@ -78,7 +81,7 @@ def tune(config_file: str, output: str | None = None) -> tuple[Tuning, Path, Pat
     written = Path(output) if output else source.with_name(f"{source.stem}-tuned.yaml")
     if written.resolve() == source.resolve():
         raise UsageError(f"--output {written} is the file that is tuned; give another name")
-    tuning = pipeline_from({**values, "auto_resume": False}).tune()
+    tuning = pipeline_from({**values, "auto_resume": False}).tune(tell)
     return tuning, *write_tuned(tuning, values, config_file, written)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ from phase5_training.results import (
 from phase5_training.shared_checkpoints import checkpoints_of
 from phase5_training.signals import end_when_stuck, stop_on_signals, stop_on_sigterm, stopped_by
 from phase5_training.trackers import check_trackers
-from phase5_training.tune import Tuning, check_tunable, tune
+from phase5_training.tune import Trial, Tuning, check_tunable, tune
 
 
 class TrainingPipeline:
@@ -210,8 +211,11 @@ class TrainingPipeline:
         self.ready = True
         return self
 
-    def tune(self) -> Tuning:
+    def tune(self, tell: Callable[[Trial], None] | None = None) -> Tuning:
         """Find rate, decay, optimizer and filter by short trials: what learning_rate="auto" begins with.
+
+        Args:
+            tell: called with each trial when it is over.
 
         Raises:
             UsageError: the run is too short for trials, or its optimizer is an object.
@@ -221,7 +225,7 @@ class TrainingPipeline:
             self.ranks = join(self.config.device)
             on_ranks(self.config.model_copy(update={"learning_rate": "auto"}), self.ranks)
             self._open_data()
-        return tune(self.config, planned_steps(self.config, self.train_loader), self._trial)
+        return tune(self.config, planned_steps(self.config, self.train_loader), self._trial, tell)
 
     def _trial(self, config: TrainingConfig) -> "TrainingPipeline":
         model, loss = copy.deepcopy(self._given["model"]), copy.deepcopy(self._given["loss"])

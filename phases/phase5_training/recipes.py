@@ -242,7 +242,7 @@ class Tuned:
 
     Args:
         options: for the run. steps, seconds: of all trials together; None where no record says.
-        trials: how many there were. source: where it is recorded.
+        trials: how many there were. source: what tuned it, or the record of that.
         seeds: of the trials; none of them may be reported.
     """
 

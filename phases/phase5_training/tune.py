@@ -48,6 +48,7 @@ DECAY_FACTORS = (10.0, 0.1)
 KEPT, GROWTH = 3, 3
 # Validation decides where it has moved by at least this share of what training has.
 MOVED = 0.1
+COLUMNS = "round, steps, training loss, validation loss, options"
 _LENGTHS = ("warmup_steps", "acceleration_steps", "consolidation_steps")
 
 Options = dict[str, Any]
@@ -125,13 +126,19 @@ class Tuning:
         }
 
 
-def tune(config: TrainingConfig, total_steps: int, make: Callable[[TrainingConfig], Any]) -> Tuning:
+def tune(
+    config: TrainingConfig,
+    total_steps: int,
+    make: Callable[[TrainingConfig], Any],
+    tell: Callable[[Trial], None] | None = None,
+) -> Tuning:
     """Find the options of a run by short trials of it.
 
     Args:
         config: of the run; see :func:`search`.
         total_steps: of the run that is served.
         make: the pipeline of a configuration, on the data of the run.
+        tell: called with each trial when it is over.
 
     Returns:
         What was found, and what it cost.
@@ -151,10 +158,15 @@ def tune(config: TrainingConfig, total_steps: int, make: Callable[[TrainingConfi
         def run(options: Options, steps: int) -> Trial:
             return run_trial(make, trial_config(kept, options, steps, total_steps), options)
 
-        return search(config, total_steps, run)
+        return search(config, total_steps, run, tell)
 
 
-def search(config: TrainingConfig, total_steps: int, run: Callable[[Options, int], Trial]) -> Tuning:
+def search(
+    config: TrainingConfig,
+    total_steps: int,
+    run: Callable[[Options, int], Trial],
+    tell: Callable[[Trial], None] | None = None,
+) -> Tuning:
     """Find the options of a run by short trials.
 
     Args:
@@ -162,6 +174,7 @@ def search(config: TrainingConfig, total_steps: int, run: Callable[[Options, int
             learning_rate is where the search for the rate begins.
         total_steps: of the run that is served.
         run: makes one trial of ``(options, steps)``.
+        tell: called with each trial when it is over.
 
     Raises:
         UsageError: the run is too short to spare a tenth for trials, or no trial gave a finite loss.
@@ -174,6 +187,8 @@ def search(config: TrainingConfig, total_steps: int, run: Callable[[Options, int
 
     def tried(options: Options, number: int, steps: int) -> Trial:
         trials.append(replace(run(options, steps), round=number))
+        if tell is not None:
+            tell(trials[-1])
         return trials[-1]
 
     def ranked(found: Sequence[Trial]) -> list[Trial]:
@@ -329,12 +344,9 @@ def write_tuned(
         f"Chosen by the {tuning.judged_by} loss of {len(tuning.trials)} trials; {tuning.steps} steps in "
         f"{tuning.seconds:.1f} s, {tuning.steps / tuning.total_steps:.1%} of the run's "
         f"{tuning.total_steps} steps.",
-        "Tried (round, steps, training loss, validation loss, options):",
+        f"Tried ({COLUMNS}):",
     ]
-    for trial in tuning.trials:
-        losses = "  ".join("-" if v is None else f"{v:.4g}" for v in (trial.train_loss, trial.val_loss))
-        failed = f"  failed: {trial.error}" if trial.error else ""
-        lines.append(f"  {trial.round}  {trial.steps}  {losses}  {in_short(trial.options)}{failed}")
+    lines += [f"  {in_columns(trial)}" for trial in tuning.trials]
     body = yaml.safe_dump(plain({**values, **tuning.options}), sort_keys=False, allow_unicode=True, width=100)
     text = "".join(f"# {' '.join(line.split()) if line[0] != ' ' else line}\n" for line in lines) + body
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -349,6 +361,13 @@ def trial_row(trial: Trial) -> dict[str, Any]:
     """A trial as a row of a record: its options beside its figures."""
     row = {key: value for key, value in plain(trial).items() if key != "options"}
     return {**row, **plain(trial.options)}
+
+
+def in_columns(trial: Trial) -> str:
+    """A trial in one line, as ``COLUMNS`` says."""
+    losses = "  ".join("-" if v is None else f"{v:.4g}" for v in (trial.train_loss, trial.val_loss))
+    failed = f"  failed: {trial.error}" if trial.error else ""
+    return f"{trial.round}  {trial.steps}  {losses}  {in_short(trial.options)}{failed}"
 
 
 def in_short(options: Mapping[str, Any]) -> str:

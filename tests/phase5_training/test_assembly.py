@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 from phase4_bitnet import BitLinear, build_model
-from phase5_training.assembly import data_config, monitor_of, optimizer_of, torch_optimizers
+from phase5_training.assembly import (
+    data_config,
+    filter_notices,
+    monitor_of,
+    optimizer_of,
+    torch_optimizers,
+)
 from phase5_training.config import TrainingConfig
+from phase5_training.defaults import grokfast_config
 from phase5_training.distributed import Ranks
 from phase5_training.errors import DataError, UsageError
 from phase5_training.loss_registry import build_loss
@@ -163,6 +170,28 @@ class TestOptimizerOf:
     def test_without_a_hidden_matrix_nothing_is_decided(self):
         batch = {"input": torch.zeros(4, 2)}
         assert optimizer_of("auto", nn.Linear(2, 2), batch, torch.device("cpu"), Ranks()) == ("auto", [])
+
+
+class TestFilterNotices:
+    @pytest.mark.parametrize(
+        ("options", "steps", "validated", "said"),
+        [
+            ({}, 100, False, None),
+            ({"grokfast_alpha": 0.9}, 100, False, None),
+            ({"use_grokfast": True}, 501, True, None),
+            ({"use_grokfast": True}, 500, True, "the first is at step 500 of 500; lower eval_interval"),
+            ({"filter": "auto"}, 9000, False, "there are no validation data; give some"),
+        ],
+    )
+    def test_a_filter_that_never_acts_is_told(self, options, steps, validated, said):
+        config = TrainingConfig(**options)
+        found = filter_notices(grokfast_config(config), config, steps, validated=validated)
+        assert len(found) == (said is not None)
+        assert all(said in line and "filter=auto stays off" in line for line in found)
+
+    def test_a_run_says_it(self, pipeline, task_files, no_report):
+        run = pipeline("mlp", task_files()[0], validation_split=0.0, max_steps=1, use_grokfast=True).setup()
+        assert any("filter=auto stays off" in notice for notice in run.notices)
 
 
 class TestTorchOptimizers:

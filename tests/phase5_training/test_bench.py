@@ -102,6 +102,15 @@ class TestSummaries:
         assert [row["name"] for row in rows] == ["float AdamW, tuned", "Forge"]
         assert rows[1]["curve"][0] == [0.5, 0.1]
 
+    def test_where_the_figures_come_from_is_said(self):
+        runs = [run_row(name, 0, [0.1] * 4) for name in ("plain", "float", "naive", "forge")]
+        for run, trials in zip(runs[1:], (24, 6, 24), strict=True):
+            source = "tuned.jsonl" if trials == 24 else "learning_rate=auto"
+            run |= {"tuning_source": source, "tuning_trials": trials}
+        said = notes(summaries(runs, [0.95]))
+        assert "tuned by tuned.jsonl: float AdamW, tuned (24 runs); Forge (24 runs)" in said
+        assert "tuned by learning_rate=auto: fake-quant ternary AdamW, tuned (6 runs)" in said
+
     def test_a_baseline_that_never_came_bounds_the_ratio(self):
         """Left out, the seeds on which the baseline was slowest would count for nothing."""
         good, never = [0.1, 0.96, 0.97, 0.98, 0.99], [0.1, 0.2, 0.2, 0.2, 0.2, 0.96, 0.2, 0.96]

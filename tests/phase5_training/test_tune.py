@@ -216,6 +216,9 @@ class TestCommand:
         out = capsys.readouterr().out
         tuned = run_yaml.with_name("run-tuned.yaml")
         assert f"train with: forge train {tuned}" in out
+        told = out.splitlines()
+        assert told[0] == "short trials: round, steps, training loss, validation loss, options"
+        shown = [line for line in told if "use_grokfast=" in line and "chose" not in line]
         text = tuned.read_text()
         values = yaml.safe_load(text)
         assert parse_config(values).learning_rate == values["learning_rate"]
@@ -224,7 +227,8 @@ class TestCommand:
             json.loads(line) for line in (tuned.parent / "run-tuned.trials.jsonl").read_text().splitlines()
         ]
         comments = [line for line in text.splitlines() if line.startswith("#")]
-        assert sum(line.startswith("#   ") for line in comments) == len(rows)
+        assert [line.removeprefix("#   ") for line in comments if line.startswith("#   ")] == shown
+        assert len(shown) == len(rows)
         assert sum(row["steps"] for row in rows) <= 60
         given = yaml.safe_load(run_yaml.read_text())
         assert {key: values[key] for key in given} == given
