@@ -278,9 +278,9 @@ class ProgressDisplay:
 class ReportRefresher:
     """Keeps report.html fresh while the run goes on.
 
-    It is written at ``eval_end`` (at most every ``interval_s`` seconds, and less often where
-    rendering would take more than ``share`` of the run's time) and at ``fit_end``. A failure is
-    appended to events.jsonl as "report_failed" and printed once; the run goes on.
+    It is written at ``eval_end``, at most every ``interval_s`` seconds, and less often where rendering would
+    take more than ``share`` of the run's time. Who ends the run calls :meth:`refresh` once its result is
+    there. A failure is appended to events.jsonl as "report_failed" and printed once; the run goes on.
 
     Args:
         run: the run whose report it is.
@@ -309,16 +309,12 @@ class ReportRefresher:
         self._told = False
 
     def register(self, registry: CallbackRegistry) -> None:
-        """Hook onto ``eval_end`` and ``fit_end``; no key of their metrics is read."""
+        """Hook onto ``eval_end``; no key of its metrics is read."""
         registry.register(Event.EVAL_END, self._eval_end)
-        registry.register(Event.FIT_END, self._fit_end)
 
     def _eval_end(self, step: int, metrics: Metrics) -> None:
         if self._clock() >= self._next:
             self.refresh(step)
-
-    def _fit_end(self, step: int, metrics: Metrics) -> None:
-        self.refresh(step)
 
     def refresh(self, step: int | None = None) -> bool:
         """Write the report now; returns whether it could be written, and never raises.

@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import phase5_training.report
 from phase4_bitnet import build_model, load_compressed_model, save_compressed_model, ternary_layers
 from phase5_training import TrainingResult, create_training_pipeline, recorder
 from phase5_training.errors import DataError, RunFailed, UsageError
@@ -956,6 +957,18 @@ def test_a_frozen_part_stays_frozen(task_files, pipeline):
     model = Normed()
     pipeline(model, *task_files(), compile="auto", epochs=1).run()
     assert model.norm.num_batches_tracked == 0
+
+
+def test_a_short_run_is_drawn_once_with_its_result(task_files, pipeline, runs, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        phase5_training.report,
+        "write_report",
+        lambda folders: drawn.append((folders[0] / "result.json").is_file()),
+    )
+    train, val = task_files("wine", "npz")
+    pipeline(net(), train, val, epochs=2).run()
+    assert drawn == [True]
 
 
 def test_only_bad_steps_fail_the_run(task_files, pipeline, runs):
