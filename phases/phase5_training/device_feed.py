@@ -23,9 +23,10 @@ def moved_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batc
         >>> next(moved_ahead(iter([{"input": torch.ones(2)}]), torch.device("cpu")))["input"].tolist()
         [1.0, 1.0]
     """
-    if device.type != "cuda":
-        yield from batches
-        return
+    return _moved_ahead(batches, device) if device.type == "cuda" else batches
+
+
+def _moved_ahead(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     beside = torch.cuda.Stream(device)
     waiting = _draw(batches, device, beside)
     while waiting is not None:

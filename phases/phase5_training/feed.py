@@ -67,18 +67,20 @@ class Feed:
             next(batches, None)
         if used:
             set_random_state(random)
+        # A loader that looks for a stop by itself is not torn out of what it does.
+        waits_in = None if looks else threading.get_ident()
         while True:
+            self._waits_in = waits_in
             began = time.perf_counter()
-            # A loader that looks for a stop by itself is not torn out of what it does.
-            self._waits_in = None if looks else threading.get_ident()
             try:
                 batch = next(batches, None)
+                ended = time.perf_counter()
             except Exception:
                 self.failed = True
                 raise
             finally:
                 self._waits_in = None
-            self._waited(time.perf_counter() - began)
+            self._waited(ended - began)
             if batch is None:
                 return
             yield batch

@@ -924,6 +924,21 @@ JSON = [
         raw(lambda: b"[" + b"1," * 6_000_000 + b"1]", "a.json"),
         "not valid JSON",
     ),
+    Case(
+        "json of millions of empty objects in a column",
+        raw(lambda: b'{"inputs": [' + b"{}," * 3_000_000 + b"{}]}", "a.json"),
+        "objects and no list of records|no records",
+    ),
+    Case(
+        "json of millions of nothings in a column",
+        raw(lambda: b'{"inputs": [' + b"null," * 2_500_000 + b"null]}", "a.json"),
+        "inputs row 0 has null|no records",
+    ),
+    Case(
+        "json of millions of empty lists in a column",
+        raw(lambda: b'{"inputs": [' + b"[]," * 3_000_000 + b"[]]}", "a.json"),
+        "has nothing in its input|no records",
+    ),
     Case("json of brackets", raw(b"[" * 10**6, "a.json"), "cut off|not valid JSON"),
     Case("json of open objects", raw(b'{"samples":' * 10**5, "a.json"), "no records|not valid JSON"),
     Case("json of blanks", raw(lambda: b" " * 10**7, "a.json"), "empty|no records"),

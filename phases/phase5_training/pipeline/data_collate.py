@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -123,14 +123,14 @@ class Collator:
             inputs = torch.from_numpy(inputs)
         return {"input": inputs, "target": target, "index": torch.from_numpy(columns.index)}
 
-    def collate_parts(self, columns: Columns, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    def collate_parts(self, columns: Columns, sizes: list[int]) -> list[dict[str, Any]]:
         """Encoded columns of several batches as those; without padding they share memory."""
+        if not self.spec.ragged or len(sizes) == 1:
+            return split_batch(self.collate(columns), sizes)
+        # Each batch is as wide as its own longest sequence.
         ends = np.cumsum(sizes).tolist()
-        if self.spec.ragged:  # each batch is as wide as its own longest sequence
-            rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-            return [self.collate(columns.take(part)) for part in rows]
-        parts = {key: _split_tensors(values, list(sizes)) for key, values in self.collate(columns).items()}
-        return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
+        rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        return [self.collate(columns.take(part)) for part in rows]
 
     def _width(self, longest: int) -> int:
         """Columns for sequences up to ``longest``: a multiple of 8, never more than max_length."""
@@ -167,12 +167,51 @@ class Collator:
         return inputs, torch.from_numpy(wanted)[:, 1:].contiguous()
 
 
-def _split_tensors(values: Any, sizes: list[int]) -> Sequence[Any]:
-    """A tensor, or a dictionary of them, in pieces of so many rows."""
-    if not isinstance(values, dict):
-        return values.split(sizes)
-    pieces = [value.split(sizes) for value in values.values()]
-    return [dict(zip(values, part, strict=True)) for part in zip(*pieces, strict=True)]
+class HeldSamples:
+    """All samples of data as one batch, from which others are taken: nothing is cast or encoded again.
+
+    Args:
+        whole: the batch.
+        positions: (n,) int64, ascending: those of its samples in the source; None for 0 to n - 1.
+
+    Example:
+        >>> whole = {"input": torch.eye(2), "target": torch.tensor([5, 6]), "index": torch.tensor([3, 8])}
+        >>> HeldSamples(whole, np.array([3, 8])).take(np.array([8, 3, 8]))["target"].tolist()
+        [6, 5, 6]
+    """
+
+    def __init__(self, whole: Mapping[str, Any], positions: np.ndarray | None) -> None:
+        self._input, self._target, self._positions = whole["input"], whole["target"], positions
+
+    def take(self, indices: np.ndarray) -> dict[str, Any]:
+        """The samples at the (n,) int64 positions ``indices`` as a batch."""
+        places = indices if self._positions is None else np.searchsorted(self._positions, indices)
+        rows, target = torch.from_numpy(places), self._target
+        if isinstance(target, dict):
+            target = {name: values.index_select(0, rows) for name, values in target.items()}
+        else:
+            target = target.index_select(0, rows)
+        index = torch.from_numpy(indices)
+        return {"input": self._input.index_select(0, rows), "target": target, "index": index}
+
+
+def split_batch(batch: Mapping[str, Any], sizes: list[int]) -> list[dict[str, Any]]:
+    """A batch in pieces of so many samples, which share its memory.
+
+    Example:
+        >>> whole = {"input": torch.arange(3), "target": torch.ones(3), "index": torch.arange(3)}
+        >>> [piece["input"].tolist() for piece in split_batch(whole, [2, 1])]
+        [[0, 1], [2]]
+    """
+    target: Any = batch["target"]
+    pieces: Sequence[Any]
+    if isinstance(target, dict):
+        columns = zip(*(values.split(sizes) for values in target.values()), strict=True)
+        pieces = [dict(zip(target, part, strict=True)) for part in columns]
+    else:
+        pieces = target.split(sizes)
+    parts = zip(batch["input"].split(sizes), pieces, batch["index"].split(sizes), strict=True)
+    return [{"input": x, "target": y, "index": index} for x, y, index in parts]
 
 
 def _owned(array: np.ndarray, dtype: type) -> np.ndarray:

@@ -12,6 +12,7 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.data_config import DataConfig
-from phase5_training.pipeline.data_prepared import Prepared
+from phase5_training.pipeline.data_prepared import Portion, Prepared
 from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, watched
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
@@ -33,7 +34,7 @@ from phase5_training.pipeline.formats.source import Source, blocks_of, is_forwar
 from phase5_training.pipeline.formats.spec import DataSpec, normalize_task
 
 Split = Literal["train", "validation"]
-TOGETHER_BYTES = 1 << 20  # of batches that are read together, so that the cost of a call is shared
+TOGETHER_BYTES = 4 << 20  # of batches that are read together, so that the cost of a call is shared
 MAX_TOGETHER = 256
 WINDOW_BYTES = 64 << 20  # of blocks whose samples are shuffled together, at most
 WINDOW_BLOCKS = 16  # blocks whose samples are shuffled together, at least
@@ -86,7 +87,8 @@ class ForgeDataLoader:
         self._begun = False
         self._makes_ahead = not self.config.num_workers and prepared.reads_ahead
         self._crosses_epochs = self._makes_ahead and prepared.source.access == "memory"
-        self._ready: dict[int, dict[str, Any]] = {}  # by their number from the first epoch on
+        # Batches of the next epochs, and the number of the first of them from the first epoch on.
+        self._ready: tuple[int, list[dict[str, Any]]] = (0, [])
         self._workers: DataLoader | None = None
         self._board: WorkerBoard | None = None
         self._pending = _Pending()
@@ -151,39 +153,53 @@ class ForgeDataLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, first = self._position
         self._position = (epoch + 1, 0)
-        if self._crosses_epochs:
-            for batch in range(epoch * self._batches + first, (epoch + 1) * self._batches):
-                if batch not in self._ready:
-                    self._ready = self._read_on(batch)
-                yield self._ready.pop(batch)
-            return
-        order = self._portions(epoch, first)
-        fetch = (
-            self._from_workers(order) if self.config.num_workers else map(self._prepared.__getitems__, order)
+        # What hands out a batch that is ready has left the processor's caches by the end of a step, Python code
+        # most of all: 10 us for each batch.
+        return chain.from_iterable(
+            self._across_epochs(epoch, first) if self._crosses_epochs else self._within_epoch(epoch, first)
         )
-        for batches, hits, lookups in fetch:
-            self._hits += hits
-            self._lookups += lookups
-            yield from batches
 
-    def _read_on(self, start: int) -> dict[int, dict[str, Any]]:
-        """The batches from here on that are read together, those of the next epochs among them.
+    def _across_epochs(self, epoch: int, first: int) -> Iterator[list[dict[str, Any]]]:
+        """The rest of an epoch, read together with what follows it.
 
         Otherwise each short epoch would begin with a read of its own, which costs as much as a small step.
         """
+        at, end = epoch * self._batches + first, (epoch + 1) * self._batches
+        while at < end:
+            start, ready = self._ready
+            if not start <= at < start + len(ready):
+                start, ready = at, self._prepared.batches(self._portion_from(at))
+            # Nothing is handed out twice: who got a batch may have changed it.
+            mine, rest = ready[at - start : end - start], ready[end - start :]
+            at += len(mine)
+            self._ready = (at, rest)
+            yield mine
+
+    def _portion_from(self, start: int) -> Portion:
+        """Batches from here on, by their number from the first epoch on, as many as are read together."""
         # The first batch of all is not to wait for others.
         end = start + (self._together if self._begun else 1)
         self._begun = True
-        at, parts = start, list[np.ndarray]()
-        while at < end:
-            epoch, first = divmod(at, self._batches)
-            last = min(first + end - at, self._batches)
-            parts += self._part(epoch, first, last)
-            at += last - first
-        return dict(zip(range(start, end), self._prepared.batches(parts), strict=True))
+        parts = []
+        while start < end:
+            epoch, first = divmod(start, self._batches)
+            last = min(first + end - start, self._batches)
+            parts.append(self._portion(epoch, first, last))
+            start += last - first
+        return Portion.joined(parts)
 
-    def _portions(self, epoch: int, first: int) -> Iterator[list[np.ndarray]]:
-        """The rest of an epoch in portions of batches that are read together: positions of each batch."""
+    def _within_epoch(self, epoch: int, first: int) -> Iterator[list[dict[str, Any]]]:
+        """The rest of an epoch."""
+        portions = self._portions(epoch, first)
+        workers = self.config.num_workers
+        fetched = self._from_workers(portions) if workers else map(self._prepared.__getitems__, portions)
+        for batches, hits, lookups in fetched:
+            self._hits += hits
+            self._lookups += lookups
+            yield batches
+
+    def _portions(self, epoch: int, first: int) -> Iterator[Portion]:
+        """The rest of an epoch in portions of batches that are read together."""
         # The first batch of all is not to wait for others.
         together = self._together if self._begun and self._makes_ahead else 1
         self._begun = True
@@ -194,20 +210,22 @@ class ForgeDataLoader:
                 window = self._order.window or 1
                 last = -(-(first * self.config.batch_size + 1) // window) * window // self.config.batch_size
             last = min(last, self._batches)
-            yield self._part(epoch, first, last)
+            yield self._portion(epoch, first, last)
             first = last
             if self._makes_ahead:
                 together = self._together
 
-    def _part(self, epoch: int, first: int, last: int) -> list[np.ndarray]:
-        """Positions of this rank's samples of each of the batches ``first`` to ``last``."""
+    def _portion(self, epoch: int, first: int, last: int) -> Portion:
+        """This rank's samples of the batches ``first`` to ``last``."""
         if self.config.world_size > 1:
-            return [self.batch_indices(epoch, batch) for batch in range(first, last)]
-        size, start = self.config.batch_size, self._plan.bounds(first)[0]
-        whole = self._order.slice(epoch, start, self._plan.bounds(last - 1)[1])  # looked up at once
-        return [whole[i : i + size] for i in range(0, len(whole), size)]
+            shares = [self.batch_indices(epoch, batch) for batch in range(first, last)]
+            return Portion.joined([Portion(share, [len(share)]) for share in shares])
+        start, stop = self._plan.bounds(first)[0], self._plan.bounds(last - 1)[1]
+        sizes = [self.config.batch_size] * (last - first)
+        sizes[-1] = stop - start - sum(sizes[:-1])
+        return Portion(self._order.slice(epoch, start, stop), sizes)
 
-    def _from_workers(self, order: Iterator[list[np.ndarray]]) -> Iterator[Any]:
+    def _from_workers(self, portions: Iterator[Portion]) -> Iterator[Any]:
         if self._workers is None:
             rows = self._order.window if self._order.by_blocks else None
             self._board = self._prepared.board = WorkerBoard(
@@ -228,7 +246,7 @@ class ForgeDataLoader:
                 generator=generator,
             )
             atexit.register(_let_go, weakref.ref(self._workers))
-        self._pending.batches = order
+        self._pending.portions = portions
         return self._watched(start(self._workers))
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -289,10 +307,10 @@ class _Pending:
     """
 
     def __init__(self) -> None:
-        self.batches: Iterable[list[np.ndarray]] = ()
+        self.portions: Iterable[Portion] = ()
 
-    def __iter__(self) -> Iterator[list[np.ndarray]]:
-        return iter(self.batches)
+    def __iter__(self) -> Iterator[Portion]:
+        return iter(self.portions)
 
 
 def _as_is(batch: Any) -> Any:

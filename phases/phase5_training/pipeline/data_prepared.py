@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from phase5_training.errors import UsageError
-from phase5_training.pipeline.data_collate import Collator, SampleCache
+from phase5_training.pipeline.data_collate import Collator, HeldSamples, SampleCache, split_batch
 from phase5_training.pipeline.data_config import DEFAULT_BLOCK, DataConfig
 from phase5_training.pipeline.data_workers import WorkerBoard
 from phase5_training.pipeline.formats.columns import Columns, Ragged, as_ragged, concat
@@ -20,6 +20,28 @@ from phase5_training.pipeline.formats.scan import Scan, ScanOptions, scan
 from phase5_training.pipeline.formats.source import ArraySource, Source, Tokenizer
 from phase5_training.pipeline.formats.spec import DataSpec
 from phase5_training.pipeline.formats.text import make_tokenizer
+
+HELD_BYTES = 32 << 20  # of data that are held in the form of batches; larger ones in the types of their file
+
+
+class Portion(NamedTuple):
+    """Batches that are read together.
+
+    Args:
+        indices: (n,) int64, positions of their samples in the source, one batch after the other.
+        sizes: samples of each batch.
+    """
+
+    indices: np.ndarray
+    sizes: list[int]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Portion]) -> Portion:
+        """Several as one, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        sizes = [size for part in parts for size in part.sizes]
+        return cls(np.concatenate([part.indices for part in parts]), sizes)
 
 
 class Prepared:
@@ -48,6 +70,7 @@ class Prepared:
         self.collator = Collator(self.spec, tokenizer)
         self.board: WorkerBoard | None = None
         self._encoded: ArraySource | None = None
+        self._held: HeldSamples | None = None
         self._cache: SampleCache | None = None
         if source.access == "memory" and self.spec.tokenizer is not None:
             self._encoded = self._encode_all()
@@ -57,6 +80,8 @@ class Prepared:
         elif source.access == "parsed" and config.cache_size >= usable:
             # In a shuffled epoch a smaller one would drop nearly every sample before it comes again.
             self._cache = SampleCache(source, self.collator, config.cache_size, config.cache_mb << 20)
+        if source.access == "memory" and not self.spec.ragged and not config.pack_text:
+            self._hold()
 
     def _encode_all(self) -> ArraySource:
         """Text held in memory is turned into tokens once, not once an epoch."""
@@ -70,6 +95,15 @@ class Prepared:
         # Positions stay those of the file, so what was dropped counts as unreadable here.
         columns.bad = dict.fromkeys(np.flatnonzero(lost).tolist(), "was dropped")
         return ArraySource.from_columns(self.source.format, self.source.paths, columns)
+
+    def _hold(self) -> None:
+        """Small data are put into the form of batches once."""
+        keep = self.scan.keep
+        positions = np.arange(self.scan.records) if keep is None else keep.positions()
+        one = self.batch(positions[:1])
+        targets = one["target"].values() if isinstance(one["target"], dict) else [one["target"]]
+        if sum(part.nbytes for part in (one["input"], *targets)) * len(positions) <= HELD_BYTES:
+            self._held = HeldSamples(self.batch(positions), None if keep is None else positions)
 
     def _pack(self, tokenizer: Tokenizer) -> None:
         """From here on a sample is a block of the joined texts."""
@@ -99,13 +133,15 @@ class Prepared:
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """The samples at ``indices`` as a batch."""
+        if self._held is not None:
+            return self._held.take(indices)
         return self.collator.collate(self._fetch(indices))
 
-    def batches(self, parts: Sequence[np.ndarray]) -> list[dict[str, Any]]:
-        """Several batches, read together: one call per column for all of them."""
-        if len(parts) == 1:
-            return [self.batch(parts[0])]
-        return self.collator.collate_parts(self._fetch(np.concatenate(parts)), [len(part) for part in parts])
+    def batches(self, portion: Portion) -> list[dict[str, Any]]:
+        """Several batches: one call per column for all of them."""
+        if self._held is not None:
+            return split_batch(self._held.take(portion.indices), portion.sizes)
+        return self.collator.collate_parts(self._fetch(portion.indices), portion.sizes)
 
     def _fetch(self, indices: np.ndarray) -> Columns:
         if self._encoded is not None:
@@ -132,12 +168,12 @@ class Prepared:
     def __len__(self) -> int:
         return self.scan.records
 
-    def __getitems__(self, parts: Sequence[np.ndarray]) -> tuple[list[dict[str, Any]], int, int]:
+    def __getitems__(self, portion: Portion) -> tuple[list[dict[str, Any]], int, int]:
         """Batches, and what they added to the cache's counters; called in worker processes."""
         if self.board is not None:
-            self.board.begin(np.concatenate(parts))
+            self.board.begin(portion.indices)
         hits, lookups = self.counters()
-        batches = self.batches(parts)
+        batches = self.batches(portion)
         after = self.counters()
         if self.board is not None:
             self.board.end()

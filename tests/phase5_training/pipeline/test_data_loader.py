@@ -71,8 +71,12 @@ def same(first, second):
     for a, b in zip(first, second, strict=True):
         assert a.keys() == b.keys() == {"input", "target", "index"}
         for key in a:
-            assert a[key].dtype == b[key].dtype
-            assert torch.equal(a[key], b[key])
+            assert type(a[key]) is type(b[key])
+            named = isinstance(a[key], dict)
+            pairs = [(a[key][name], b[key][name]) for name in a[key] | b[key]] if named else [(a[key], b[key])]
+            for one, other in pairs:
+                assert one.dtype == other.dtype
+                assert torch.equal(one, other)
 
 
 # --- every format, every mode -------------------------------------------------------------------
@@ -906,7 +910,7 @@ def test_epochs_of_few_batches_in_memory_are_read_together(tmp_path, monkeypatch
     loader = load(write(tmp_path, "npz"), batch_size=8)
     reads = []
     batches = loader._prepared.batches
-    monkeypatch.setattr(loader._prepared, "batches", lambda parts: reads.append(len(parts)) or batches(parts))
+    monkeypatch.setattr(loader._prepared, "batches", lambda portion: reads.append(len(portion.sizes)) or batches(portion))
     for _ in range(10):
         list(loader)
     assert reads == [1, loader._together]
@@ -1066,3 +1070,49 @@ def test_a_cache_keeps_within_its_bytes(tmp_path):
         kept = loader._prepared._cache._kept
         assert 0 < len(kept) * 50_000 <= 1 << 20
     assert loader.description()["cache_hit_rate"] < 0.5
+
+
+@pytest.mark.parametrize("kind", ["features", "multi", "next", "dropped", "images"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_small_data_in_the_form_of_batches_give_the_batches_of_large_ones(
+    tmp_path, kind, workers, monkeypatch
+):
+    from phase5_training.pipeline import data_prepared
+
+    rng, options = np.random.default_rng(3), {"batch_size": 7, "num_workers": workers}
+    if kind == "features":
+        path = write(tmp_path, "json")
+    elif kind == "multi":
+        records = [{"input": [i, i + 1], "target": {"a": i % 3, "b": i / 2}} for i in range(40)]
+        path = write_lines(tmp_path / "a.jsonl", records)
+    elif kind == "next":
+        (tmp_path / "a.txt").write_bytes(rng.bytes(500))
+        path, options["max_length"] = tmp_path / "a.txt", 11
+    elif kind == "dropped":
+        qualities = rng.random(60).round(3).tolist()
+        records = [{"input": [q], "target": 1.5 * q, "metadata": {"quality": q}} for q in qualities]
+        path = write_lines(tmp_path / "a.jsonl", records)
+        options |= {"quality_threshold": 0.3, "max_dropped_share": 0.9, "validation_split": 0.25}
+    else:
+        path = tmp_path / "a.npz"
+        np.savez(path, x=rng.integers(0, 256, (30, 4, 4), np.uint8), y=np.arange(30, dtype=np.int32))
+    small = load(path, **options)
+    monkeypatch.setattr(data_prepared, "HELD_BYTES", 0)
+    large = load(path, **options)
+    assert small._prepared._held is not None
+    assert large._prepared._held is None
+    for _ in range(3):
+        same(small, large)
+
+
+def test_a_batch_that_was_changed_does_not_come_back(tmp_path):
+    loader = load(write(tmp_path, "npz"), batch_size=8)
+    first = next(iter(loader))
+    kept = {key: value.clone() for key, value in first.items()}
+    for batch in loader:  # the next epoch, read together with what follows it
+        batch["input"].zero_()
+        batch["index"].zero_()
+    first["input"].zero_()
+    loader.set_position(0, 0)
+    same([next(iter(loader))], [kept])
+    same(loader, load_epoch(tmp_path / "data.npz", 1, {"batch_size": 8}))

@@ -20,7 +20,7 @@ from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, concat
 from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, load
 from phase5_training.pipeline.formats.indexed import READ_BYTES, IndexedSource
-from phase5_training.pipeline.formats.json_checks import fault_of
+from phase5_training.pipeline.formats.json_checks import fault_of, without_strings
 from phase5_training.pipeline.formats.json_records import (
     Finder,
     Found,
@@ -35,10 +35,10 @@ from phase5_training.pipeline.formats.row_file import narrowed
 from phase5_training.pipeline.formats.source import CHUNK_ROWS, Access, ArraySource, ReadOptions, Source
 
 WHOLE_BYTES = 16 << 20  # a .json file up to this size is parsed as one document
-WHOLE_OBJECTS = (
-    200_000  # of so many records, objects and lists: one of 2 bytes takes 64, and more where it is bad
-)
+WHOLE_OBJECTS = 200_000  # of so many records, objects and lists; a bad record takes more yet
+OBJECT_BYTES = 64  # that a list or an object takes, which may be two bytes of text
 TEXT_GROWTH = 4  # a digit and a comma become eight bytes at most
+MAX_LINE = 1 << 20  # bytes looked at to tell JSON Lines that are named .json
 MAX_GAP = 4096  # bytes between two records that are read over rather than sought over
 FIRST = 64  # records that fix the form of the others
 MAX_LOST = 500_000  # unreadable records, each of which is kept with its reason
@@ -60,7 +60,7 @@ def open_json(path: Path, options: ReadOptions) -> Source:
     except NoListError:
         if not options.loads(TEXT_GROWTH * size):
             raise
-        return source_from_object(_parse(path), "json", str(path))
+        return source_from_object(_columns(path, options), "json", str(path))
 
 
 def open_json_lines(path: Path, options: ReadOptions) -> Source:
@@ -104,27 +104,48 @@ def _whole(path: Path) -> Source | None:
     return None if any(holds_huge_floats(chunk) for chunk in source.iterate()) else source
 
 
-def _parse(path: Path) -> Any:
+def _columns(path: Path, options: ReadOptions) -> Any:
+    """A document without a list of records, as an object."""
     raw = path.read_bytes()
+    _check_columns(path, raw, options)
     try:
         data = orjson.loads(raw)
-        fault = fault_of(raw, data)
-        if fault is not None:
-            raise DataError(f"{path}: {fault}")
-        return data
     except orjson.JSONDecodeError as error:
-        hint = ""
-        if error.lineno > 1 and _is_object(raw.split(b"\n", 1)[0]):
-            hint = "; the first line is a record by itself: name the file .jsonl"
         where, reason = f"line {error.lineno} column {error.colno}", error.msg.split(":")[0]
+        hint = "" if error.lineno == 1 else _hint(raw)
         raise DataError(f"{path} {where}: not valid JSON ({reason}){hint}") from error
+    fault = fault_of(raw, data)
+    if fault is not None:
+        raise DataError(f"{path}: {fault}")
+    return data
 
 
-def _is_object(line: bytes) -> bool:
+def _check_columns(path: Path, raw: bytes, options: ReadOptions) -> None:
+    """Refuse what is far larger parsed than as text: columns hold no objects, and rows take memory too."""
+    if raw.count(b"{") + raw.count(b"[") <= WHOLE_OBJECTS:
+        return
+    plain = without_strings(raw)
+    objects, lists = plain.count(b"{"), plain.count(b"[")
+    if objects > WHOLE_OBJECTS:
+        raise DataError(
+            f"{path}: {objects} objects and no list of records; put the records under 'samples'{_hint(raw)}"
+        )
+    size = TEXT_GROWTH * len(raw) + OBJECT_BYTES * lists
+    if not options.loads(size):
+        raise DataError(
+            f"{path}: {lists} lists in columns take {size / 1e6:.0f} MB while they are read, more than "
+            "memory_limit_mb allows; write records under 'samples', which are read one by one, or .npz"
+        )
+
+
+def _hint(raw: bytes) -> str:
+    """What to say of JSON Lines under another name; nothing of other text."""
+    first, _, rest = raw[:MAX_LINE].partition(b"\n")
     try:
-        return isinstance(orjson.loads(line), dict)
+        lines = rest.lstrip()[:1] == b"{" and isinstance(orjson.loads(first), dict)
     except orjson.JSONDecodeError:
-        return False
+        lines = False
+    return "; the first line is a record by itself: name the file .jsonl" if lines else ""
 
 
 def _close(process: int, descriptor: int) -> None:

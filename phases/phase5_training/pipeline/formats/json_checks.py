@@ -39,7 +39,7 @@ def fault_of(text: bytes, value: Any) -> str | None:
         return f"is nested deeper than {MAX_DEPTH} levels"
     if once_each:
         return None
-    if _STRING.sub(b"", text).count(b":") == _keys(value):
+    if without_strings(text).count(b":") == _keys(value):
         return None
     try:
         json.loads(text, object_pairs_hook=_once_each, parse_int=float)
@@ -48,8 +48,13 @@ def fault_of(text: bytes, value: Any) -> str | None:
     return None
 
 
+def without_strings(text: bytes) -> bytes:
+    """JSON text without its strings, whose brackets mean nothing."""
+    return _STRING.sub(b"", text)
+
+
 def _depth(text: bytes) -> int:
-    steps = _STEP[np.frombuffer(_STRING.sub(b"", text), np.uint8)]
+    steps = _STEP[np.frombuffer(without_strings(text), np.uint8)]
     return int(np.cumsum(steps[steps != 0], dtype=np.int64).max(initial=0))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phase5_training.pipeline.formats.order import EpochOrder, draw
+from phase5_training.pipeline.formats.order import EpochOrder, draw, sorted_places
 
 STRETCH_BATCHES = 64  # batches whose samples are sorted by length together
 _BUCKETS = 5  # keeps these draws apart from those of the order itself
@@ -52,7 +52,7 @@ class LengthBuckets:
             samples = samples[np.argsort(self._lengths[samples], kind="stable")]
             # A batch that is not full stays at the end, where the epoch has its short one.
             full = len(samples) // self._size
-            batches = np.argsort(draw(full, _BUCKETS, self._seed, epoch, first), kind="stable")
+            batches = sorted_places(draw(full, _BUCKETS, self._seed, epoch, first))
             mixed = samples[: full * self._size].reshape(full, self._size)[batches].reshape(-1)
             self._kept = ((epoch, first), np.concatenate([mixed, samples[full * self._size :]]))
         return self._kept[1]

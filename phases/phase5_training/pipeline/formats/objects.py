@@ -104,7 +104,7 @@ def _column(value: Any, name: str, path: str) -> Values:
         value = value.detach().cpu()
         value = (value.float() if value.dtype.is_floating_point else value).numpy()
     if isinstance(value, (list, tuple)):
-        values, bad = to_values(list(value))
+        values, bad = to_values(list(value), all_bad=False)
         if bad:
             row, reason = next(iter(bad.items()))
             raise DataError(f"{path}: {name} row {row} has {reason}")

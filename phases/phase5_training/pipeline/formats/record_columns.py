@@ -41,8 +41,12 @@ def _holds_huge(row: Any) -> bool:
     return isinstance(row, int) and not -(2**63) <= row < 2**63
 
 
-def to_values(rows: list) -> tuple[Values, dict[int, str]]:
+def to_values(rows: list, *, all_bad: bool = True) -> tuple[Values, dict[int, str]]:
     """Turn Python or numpy rows of one kind into a column.
+
+    Args:
+        rows: numbers, lists of numbers, arrays or text.
+        all_bad: False stops at the first row that cannot be converted.
 
     Returns:
         The column of the rows that could be converted, and {row: reason} for those that could not.
@@ -74,6 +78,8 @@ def to_values(rows: list) -> tuple[Values, dict[int, str]]:
         except ValueError as error:
             text = str(error)
             bad[i] = "lists of different lengths inside one record" if "homogeneous" in text else text
+        if bad and not all_bad:
+            break
     if len({a.shape for a in good}) == 1:
         return np.stack(good), bad
     if good and all(a.ndim == 1 and (a.dtype.kind == "i" or a.size == 0) for a in good):
