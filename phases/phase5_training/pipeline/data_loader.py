@@ -153,8 +153,8 @@ class ForgeDataLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         epoch, first = self._position
         self._position = (epoch + 1, 0)
-        # What hands out a batch that is ready has left the processor's caches by the end of a step, Python code
-        # most of all: 10 us for each batch.
+        # A chain hands out a ready batch without running Python, whose code has left the processor's caches
+        # by the end of a step.
         return chain.from_iterable(
             self._across_epochs(epoch, first) if self._crosses_epochs else self._within_epoch(epoch, first)
         )

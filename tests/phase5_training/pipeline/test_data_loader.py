@@ -73,7 +73,9 @@ def same(first, second):
         for key in a:
             assert type(a[key]) is type(b[key])
             named = isinstance(a[key], dict)
-            pairs = [(a[key][name], b[key][name]) for name in a[key] | b[key]] if named else [(a[key], b[key])]
+            pairs = (
+                [(a[key][name], b[key][name]) for name in a[key] | b[key]] if named else [(a[key], b[key])]
+            )
             for one, other in pairs:
                 assert one.dtype == other.dtype
                 assert torch.equal(one, other)
@@ -208,6 +210,12 @@ def test_the_order_is_the_published_generator():
     keys = np.random.Philox(np.random.SeedSequence((2, 3, 4, 0))).random_raw(9)
     assert EpochOrder(9, None, seed=3).slice(4, 0, 9).tolist() == np.argsort(keys).tolist()
     assert EpochOrder(9, None, seed=3).slice(4, 0, 9).tolist() == RECORDED
+
+
+@given(st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=200))
+def test_keys_are_sorted_as_by_a_stable_sort(keys):
+    wanted = sorted(range(len(keys)), key=keys.__getitem__)
+    assert order.sorted_places(np.array(keys, np.uint64)).tolist() == wanted
 
 
 RECORDED = [8, 5, 2, 1, 7, 6, 0, 4, 3]
@@ -910,7 +918,9 @@ def test_epochs_of_few_batches_in_memory_are_read_together(tmp_path, monkeypatch
     loader = load(write(tmp_path, "npz"), batch_size=8)
     reads = []
     batches = loader._prepared.batches
-    monkeypatch.setattr(loader._prepared, "batches", lambda portion: reads.append(len(portion.sizes)) or batches(portion))
+    monkeypatch.setattr(
+        loader._prepared, "batches", lambda portion: reads.append(len(portion.sizes)) or batches(portion)
+    )
     for _ in range(10):
         list(loader)
     assert reads == [1, loader._together]

@@ -353,6 +353,23 @@ def test_columns_of_json(tmp_path):
     assert columns.target.tolist() == [0, 1]
 
 
+def test_columns_of_json_that_are_far_larger_parsed_than_as_text(tmp_path, monkeypatch):
+    path, reader = tmp_path / "a.json", open_source.__globals__["open_json"].__globals__
+    monkeypatch.setitem(reader, "WHOLE_OBJECTS", 10)
+    path.write_text(json.dumps({"inputs": [[i, 1] for i in range(50)], "name": "{" * 50}))
+    assert read(path).input.tolist() == [[i, 1] for i in range(50)]
+    text = 4 * path.stat().st_size
+    with pytest.raises(DataError, match=r"a\.json: 51 lists in columns take .* MB while they are read"):
+        open_source(path, ReadOptions(memory_limit=text + 64 * 51 - 1))
+    assert len(open_source(path, ReadOptions(memory_limit=text + 64 * 51))) == 50
+    path.write_text(json.dumps({"inputs": [{}] * 11}))
+    with pytest.raises(DataError, match=r"12 objects and no list of records; put .* under 'samples'$"):
+        open_source(path)
+    path.write_text('{"input": [1]}\n' * 11)
+    with pytest.raises(DataError, match="11 objects and no list of records.*name the file .jsonl$"):
+        open_source(path)
+
+
 @pytest.mark.parametrize("records", [[], [[1, 2]] * 3])
 def test_many_small_records_are_read_one_by_one_with_the_same_result(tmp_path, monkeypatch, records):
     records = records + [{"input": [i, i / 2], "target": i % 3} for i in range(30)]
