@@ -1117,12 +1117,9 @@ def test_small_data_in_the_form_of_batches_give_the_batches_of_large_ones(
 
 def test_a_batch_that_was_changed_does_not_come_back(tmp_path):
     loader = load(write(tmp_path, "npz"), batch_size=8)
-    first = next(iter(loader))
-    kept = {key: value.clone() for key, value in first.items()}
-    for batch in loader:  # the next epoch, read together with what follows it
+    list(loader)
+    for batch in loader:  # of the next epoch, which was read together with others
         batch["input"].zero_()
         batch["index"].zero_()
-    first["input"].zero_()
-    loader.set_position(0, 0)
-    same([next(iter(loader))], [kept])
+    loader.set_position(1, 0)
     same(loader, load_epoch(tmp_path / "data.npz", 1, {"batch_size": 8}))
