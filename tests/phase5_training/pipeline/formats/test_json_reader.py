@@ -366,7 +366,7 @@ def test_columns_of_json_that_are_far_larger_parsed_than_as_text(tmp_path, monke
     with pytest.raises(DataError, match=r"12 objects and no list of records; put .* under 'samples'$"):
         open_source(path)
     path.write_text('{"input": [1]}\n' * 11)
-    with pytest.raises(DataError, match="11 objects and no list of records.*name the file .jsonl$"):
+    with pytest.raises(DataError, match=r"11 objects and no list of records.*name the file \.jsonl$"):
         open_source(path)
 
 
