@@ -237,7 +237,7 @@ class ForgeDataLoader:
             generator.manual_seed(self.config.seed)
             self._workers = DataLoader(
                 self._prepared,  # type: ignore[arg-type]
-                batch_sampler=self._pending,
+                batch_sampler=self._pending,  # type: ignore[arg-type]
                 num_workers=self.config.num_workers,
                 collate_fn=_as_is,
                 persistent_workers=True,
