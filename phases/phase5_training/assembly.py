@@ -232,7 +232,15 @@ def loss_of(
         spec: what the data are.
         batch: of the data; names the tasks where there are several.
         teacher: to distil from.
+
+    Raises:
+        UsageError: a teacher for targets that are no classes.
     """
+    if teacher is not None and getattr(spec, "target_kind", None) in ("float", "multi"):
+        raise UsageError(
+            "teacher= distils the logits of classes, and the targets of these data are numbers or several "
+            "tasks; leave teacher out"
+        )
     if given is None:
         given = "distillation" if teacher is not None else infer_loss_name(spec)
     target = batch["target"]

@@ -447,7 +447,8 @@ def _lengths(total_steps: int, candidates: int, most: int) -> tuple[int, int]:
         least = SHORTEST * most
         raise UsageError(
             f"the run has {total_steps} steps and spares a tenth for learning_rate='auto', {budget} steps; "
-            f"the smallest search takes {least}: train {least * SHARE} steps or more, or name a learning_rate"
+            f"the smallest search takes {least}: train {least * SHARE} steps or more, or name a "
+            "learning_rate (for a bench, --tuned FILE)"
         )
     return long, 0
 

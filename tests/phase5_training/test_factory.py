@@ -184,6 +184,9 @@ class TestLosses:
         assert yaml.safe_load((result.run_dir / "config.yaml").read_text())["teacher"] == "<Net>"
         with pytest.raises(UsageError, match="leave loss out, or loss='distillation'"):
             pipeline(student, train, teacher=teacher, loss="mse")
+        numbers = task_files("diabetes")[0]
+        with pytest.raises(UsageError, match="teacher= distils the logits of classes"):
+            pipeline("mlp", numbers, teacher=teacher, experiment_name="numbers").setup()
 
     def multi_task_file(self, folder):
         g = np.random.default_rng(0)

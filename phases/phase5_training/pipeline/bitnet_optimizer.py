@@ -204,6 +204,9 @@ class BitNetOptimizer(Optimizer):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            UsageError: a gradient is sparse.
         """
         result = None
         if closure is not None:
@@ -213,8 +216,13 @@ class BitNetOptimizer(Optimizer):
         if not params:
             return result
         for p in params:
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise UsageError(
+                    f"the gradient of a parameter of shape {tuple(p.shape)} is {p.grad.layout}, which is "
+                    "neither clipped nor filtered here; make the embedding with sparse=False"
+                )
             # torch's fused kernels read a gradient that was set by hand in the memory order of its parameter.
-            if p.grad is not None and p.grad.layout == torch.strided and p.grad.stride() != p.stride():
+            if p.grad is not None and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         norm = self._total_norm(grads)

@@ -444,3 +444,11 @@ def test_a_moving_average_of_a_bf16_model_goes_on_counting_after_a_resume():
     p.grad = torch.ones_like(p)
     again.step()
     assert again.state[p]["gradient_count"].item() == 259
+
+
+def test_a_sparse_gradient_is_refused():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    optimizer = BitNetOptimizer(sgd(embedding), embedding)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match=r"shape \(5, 2\) is torch.sparse_coo, .* sparse=False"):
+        optimizer.step()
