@@ -1018,7 +1018,7 @@ class TestAFailure:
 
         whole = pipeline(net(), *task_files(), experiment_name="whole").run()
         with monkeypatch.context() as patch:
-            patch.setattr("phase5_training.factory.save_compressed_model", full)
+            patch.setattr("phase5_training.results.save_compressed_model", full)
             with pytest.raises(RunFailed, match=r"No space left.*checkpoint holds it; make room there, then"):
                 pipeline(net(), *task_files()).run()
         assert json.loads((runs / "run" / "result.json").read_text())["stop_reason"] == "failed"
