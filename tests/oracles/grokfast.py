@@ -5,9 +5,8 @@ from collections import deque
 import numpy as np
 
 
-def ema(gradients, alpha, lamb):
+def ema(gradients, alpha, lamb, average=None):
     """Algorithm of Grokfast-EMA: the average starts as the first gradient and is updated before use."""
-    average = None
     for g in gradients:
         g = np.asarray(g, dtype=np.float64)
         average = g.copy() if average is None else average

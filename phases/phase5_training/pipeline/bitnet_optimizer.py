@@ -37,6 +37,9 @@ AVERAGES = {"betas": ("muon", "adamw"), "momentum": ("muon", "sgd"), "ns_steps":
 class Filter(Protocol):
     """A gradient filter; see :class:`phase5_training.pipeline.grokfast_trainer.GradientFilter`."""
 
+    def acts(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether the coming step is filtered; where not, it is as without a filter."""
+
     def linear(self, step: int) -> LinearFilter | None:
         """The filter of a step as a gradient and its average determine it; None where they do not."""
 
@@ -244,11 +247,12 @@ class BitNetOptimizer(Optimizer):
         self, params: list[nn.Parameter], norm: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Update and re-quantize, in one pass where the kernel can; returns slow ratio and flip shares."""
-        linear = None if self.gradient_filter is None else self.gradient_filter.linear(self.steps)
+        acting = self._acting_filter()
+        linear = None if acting is None else acting.linear(self.steps)
         factor, layers = self._clip_factor(norm), self._trained_layers()
         before = [layer.codes.clone() for layer in layers] if self.measure else []
         general = self.optimizers
-        if self.gradient_filter is None or linear is not None:
+        if acting is None or linear is not None:
             general = []
             for optimizer in self.optimizers:
                 known = layers if self._whole_layers else []
@@ -262,6 +266,10 @@ class BitNetOptimizer(Optimizer):
             self._general_update([p for p in params if id(p) in own], factor, general)
         self._requantize(layers)
         return self._slow_ratio(params, norm * factor), self._flip_shares(before)
+
+    def _acting_filter(self) -> Filter | None:
+        own = self.gradient_filter
+        return own if own is not None and own.acts(self.optimizers) else None
 
     def _clip_factor(self, norm: Tensor) -> Tensor:
         """Factor on the gradients, () float32: that of torch.nn.utils.clip_grad_norm_."""
@@ -278,14 +286,15 @@ class BitNetOptimizer(Optimizer):
         # On the host the factor is read for free.
         if self.max_grad_norm is not None and (self._undo_on_device or factor < 1):
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
+        acting = self._acting_filter()
         for optimizer in optimizers:
-            if self.gradient_filter is None:
+            if acting is None:
                 optimizer.step()
                 continue
             own = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-            self.gradient_filter.before_step(optimizer, own, self.steps)
+            acting.before_step(optimizer, own, self.steps)
             optimizer.step()
-            self.gradient_filter.after_step(optimizer, own, self.steps)
+            acting.after_step(optimizer, own, self.steps)
 
     def _slow_ratio(self, params: Sequence[nn.Parameter], clipped_norm: Tensor) -> Tensor | None:
         """When measuring: norm of the slow average over norm of the clipped gradient."""

@@ -9,14 +9,15 @@ Lee et al. 2024 (arXiv:2405.20233). With g the gradient, mu its slow average and
 "ma"          mean of the last ``window`` gradients  g + l mu         (Grokfast-MA, once full)
 "high_pass"   as "ema"                               g + l (g - mu)   (amplifies the fast part)
 "ademamix"    as "ema", from mu = 0                  g; the update then has l mu in its numerator
-"auto"        as "ema"                               g + l e mu       (e: evidence that it helps)
+"auto"        as "ema", from mu = 0                  g + l e mu       (e: evidence that it helps)
 ============  =====================================  ===========================================
 
 "ademamix" is Pagliardini et al. 2024 (arXiv:2409.03137, equation 2): an Adam moves by (m + l mu) / sqrt(v),
 so the slow average does not enter v. An optimizer without v gets g + l mu. "auto" is ours
 (:mod:`phase5_training.generalization`): e is 0 until the network fits its training set better than its
-validation set. Adam and Muon move alike whatever the size of the gradient; for any other optimizer "auto"
-divides by (1 + l e) and keeps l e so small that it cannot swing (:func:`slow_average.steady_gain`).
+validation set, and while it is 0 no average is kept. Adam and Muon move alike whatever the size of the
+gradient; for any other optimizer "auto" divides by (1 + l e) and keeps l e so small that it cannot swing
+(:func:`slow_average.steady_gain`).
 
 The user's gain is constant; a warm-up and a factor per phase may shape it. The average lives in
 ``optimizer.state[p]["slow_gradient"]``, so whatever carries optimizer state carries it. It is float32, or
@@ -173,6 +174,21 @@ class GradientFilter:
         self.config, self.schedule = config, schedule
         self.lag = GeneralizationLag()
         self._new: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
+        self._rests = False
+
+    def acts(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether the coming step is filtered; "auto" rests while there is no evidence.
+
+        Args:
+            optimizers: about to step. Averages of gradients before a rest say nothing about those after it,
+                so they go.
+        """
+        rests = self.config.filter == "auto" and self.lag.evidence == 0
+        if rests and not self._rests:
+            for own in (own for o in optimizers for own in o.state.values()):
+                own.pop(SLOW, None)
+        self._rests = rests
+        return not rests
 
     def gain(self, step: int) -> float:
         """l at optimizer step ``step``, counted from 0; with "auto" times the evidence at hand."""
@@ -202,6 +218,7 @@ class GradientFilter:
                 "go on with the filter that it was started with"
             )
         self.lag.load_state_dict(state)
+        self._rests = False
 
     @property
     def _average(self) -> str:
@@ -305,7 +322,8 @@ class GradientFilter:
                 COUNT: grad.new_zeros((), dtype=torch.float32),
             }
         first = grad.clone(memory_format=torch.contiguous_format)
-        return {SLOW: first.zero_() if self.config.filter == "ademamix" else first}
+        # "auto" wakes in the middle of a run: a whole gradient times the gain would be a leap.
+        return {SLOW: first.zero_() if self.config.filter in ("ademamix", "auto") else first}
 
     def _filter_ma_(
         self, grads: Sequence[Tensor], averages: Sequence[dict[str, Tensor]], gain: float

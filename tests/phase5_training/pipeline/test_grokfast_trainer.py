@@ -107,7 +107,7 @@ def test_auto_amplifies_by_the_evidence(make):
     series = gradients()
     config = GrokfastConfig(filter="auto", alpha=0.9, lambda_reg=2.0)
     for e in (0.0, 0.25, 1.0):
-        expected = grokfast.ema(series, 0.9, 2.0 * e)
+        expected = grokfast.ema(series, 0.9, 2.0 * e, average=0.0)
         for found, want in zip(run_filter(config, series, make, e), expected, strict=True):
             np.testing.assert_allclose(found, want, rtol=2e-5, atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_auto_does_not_raise_the_rate_of_sgd(momentum, most):
 
     series = gradients()
     config = GrokfastConfig(filter="auto", alpha=0.9, lambda_reg=2.0)
-    expected = grokfast.ema(series, 0.9, most)
+    expected = grokfast.ema(series, 0.9, most, average=0.0)
     for found, want in zip(run_filter(config, series, make, 1.0), expected, strict=True):
         np.testing.assert_allclose(found, want / (1 + most), rtol=2e-5, atol=1e-5)
 
@@ -165,6 +165,36 @@ def test_auto_watches_a_loop_and_its_evidence_survives_a_checkpoint():
     assert again.gradient_filter.gain(0) == 0.0
     again.load_state_dict(optimizer.state_dict())
     assert again.gradient_filter.gain(0) == 2.0
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Muon, torch.optim.SGD])
+def test_auto_rests_without_evidence_and_forgets_what_it_knew_before(make):
+    """Steps at rest are those without a filter, to the bit; each time it wakes its average begins at 0."""
+    evidence = [0, 0, 1, 1, 1, 0, 0, 0.5, 0.5]
+    series = gradients(len(evidence), (4, 6))
+    layer, twin = nn.Linear(6, 4, bias=False), nn.Linear(6, 4, bias=False)
+    twin.load_state_dict(layer.state_dict())
+    config = GrokfastConfig(filter="auto", alpha=0.75, lambda_reg=2.0)
+    subject = GradientFilter(config)
+    optimizer = BitNetOptimizer(make(layer.parameters(), lr=0.1), layer, gradient_filter=subject)
+    other = make(twin.parameters(), lr=0.1)
+    mu = np.zeros((4, 6))
+    for g, share in zip(series, evidence, strict=True):
+        subject.lag.evidence = share
+        layer.weight.grad = torch.tensor(g)
+        optimizer.step()
+        if share:
+            mu = 0.75 * mu + 0.25 * g
+            g = (g + 2.0 * share * mu) / (1 + 2.0 * share if make is torch.optim.SGD else 1)
+        else:
+            mu = 0 * mu
+        twin.weight.grad = torch.tensor(g, dtype=torch.float32)
+        other.step()
+        kept = optimizer.state.get(layer.weight, {}).get("slow_gradient")
+        assert (kept is not None) == bool(share)
+        if share:
+            np.testing.assert_allclose(kept, mu, atol=1e-6)
+        torch.testing.assert_close(layer.weight, twin.weight, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["ema", "ma"])
