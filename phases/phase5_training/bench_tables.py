@@ -60,7 +60,11 @@ def attribution_table(rows: Sequence[Row]) -> Table | None:
 def notes(rows: Sequence[Row]) -> list[str]:
     """What has to be read beside the tables, a sentence each."""
     first = [row for row in rows if row["target"] == rows[0]["target"]]
-    said = [f"computed in {how}: {'; '.join(names)}" for how, names in _computed(first).items()]
+    computed = _computed(first)
+    said = [
+        f"computed in {how}: {'; '.join(names) if len(computed) > 1 else 'all'}"
+        for how, names in computed.items()
+    ]
     said += _tuned_by(first)
     for row in first:
         if row["errors"]:
@@ -110,11 +114,12 @@ def _how(row: Row) -> str:
 
 def _tuned_by(rows: Sequence[Row]) -> list[str]:
     """Where the figures of the tuned recipes come from: not all need have had the same search."""
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, None]] = {}
     for row in rows:
         if row["tuning_source"]:
             trials = "" if row["tuning_trials"] is None else f" ({row['tuning_trials']} runs)"
-            found.setdefault(row["tuning_source"], []).append(f"{_title(row)}{trials}")
+            base = RECIPES[RECIPES[row["recipe"]].tuned_as].title
+            found.setdefault(row["tuning_source"], {})[f"{base}{trials}"] = None
     return [f"tuned by {source}: {'; '.join(names)}" for source, names in found.items()]
 
 
@@ -177,9 +182,8 @@ def _tuning(row: Row) -> tuple[str, str]:
 
 
 def _three(values: Sequence[float | None], form: str, missing: str = "never") -> str:
-    if all(value is None for value in values):
-        return missing
-    return " / ".join(_one(v, form, missing) for v in values)
+    said = [_one(v, form, missing) for v in values]
+    return said[0] if len(set(said)) == 1 else " / ".join(said)
 
 
 def _came(row: Row) -> str:
