@@ -142,38 +142,34 @@ def bench(
     figures_to_hold = [target for target in targets if not isinstance(target, str)]
     # What another run will have held is not known before it has run.
     stop_at = figures_to_hold if not full and len(figures_to_hold) == len(targets) else []
-    runs: list[Row] = []
     about = circumstances()
-    figures: dict[str, Tuned] = {}
-    if not quiet:
-        console.print("warming up: a few steps of each recipe, which nobody times")
+
+    def say(line: str) -> None:
+        if not quiet:
+            console.print(line)
+
+    def keep(row: Row) -> Row:
+        append(record, {**row, **about})
+        return row
+
+    say("warming up: a few steps of each recipe, which nobody times")
     warm_up(contest, [(RECIPES[name], known.get(RECIPES[name].tuned_as)) for name in recipes])
-    for name in recipes:
-        base = RECIPES[name].tuned_as
-        if base and base not in figures:
-            if base not in known and not quiet:
-                console.print(f"tuning {RECIPES[base].title} by short trials")
-            # Not on a seed that is reported, which would be the one that was tuned for.
-            figures[base] = known.get(base) or tune_once(contest, base, max(seeds) + 1)
-            append(record, {"kind": "tuned", **tuned_row(contest.name, base, figures[base]), **about})
+    figures: dict[str, Tuned] = {}
+    for base in filter(None, dict.fromkeys(RECIPES[name].tuned_as for name in recipes)):
+        if base not in known:
+            say(f"tuning {RECIPES[base].title} by short trials")
+        # Not on a seed that is reported, which would be the one that was tuned for.
+        figures[base] = known.get(base) or tune_once(contest, base, max(seeds) + 1)
+        keep({"kind": "tuned", **tuned_row(contest.name, base, figures[base])})
+    runs: list[Row] = []
     for turn, seed in enumerate(seeds):
         start = turn % len(recipes)
         for name in [*recipes[start:], *recipes[:start]]:
-            recipe = RECIPES[name]
-            row = run_once(contest, name, recipe, figures.get(recipe.tuned_as), seed, stop_at)
-            runs.append(row)
-            append(record, {**row, **about})
-            if not quiet:
-                console.print(_told(row, targets))
-    rows = bench_summary.summaries(runs, targets)
-    for row in rows:
-        append(record, {**row, **about})
-    console.print(bench_tables.result_table(rows))
-    attribution = bench_tables.attribution_table(rows)
-    if attribution is not None:
-        console.print(attribution)
-    for note in bench_tables.notes(rows):
-        console.print(f"  {note}", soft_wrap=True)
+            tuned_figures = figures.get(RECIPES[name].tuned_as)
+            runs.append(keep(run_once(contest, name, RECIPES[name], tuned_figures, seed, stop_at)))
+            say(_told(runs[-1], targets))
+    rows = [keep(row) for row in bench_summary.summaries(runs, targets)]
+    _print_tables(console, rows)
     report = write_bench_report(contest, runs, rows)
     if report is None:
         console.print(
@@ -230,6 +226,15 @@ def _refuse_tuning_seeds(name: str, tuned: Tuned, seeds: Sequence[int]) -> None:
             f"{RECIPES[name].title} was tuned on seed {both[0]} ({tuned.source}), which is to be reported; "
             f"take seeds that chose nothing, --first-seed {max(*seeds, *tuned.seeds) + 1}"
         )
+
+
+def _print_tables(console: Console, rows: Sequence[Row]) -> None:
+    console.print(bench_tables.result_table(rows))
+    attribution = bench_tables.attribution_table(rows)
+    if attribution is not None:
+        console.print(attribution)
+    for note in bench_tables.notes(rows):
+        console.print(f"  {note}", soft_wrap=True)
 
 
 def _told(row: Row, targets: Sequence[float | str]) -> str:

@@ -52,6 +52,7 @@ class ForeignLoop:
         self._max_grad_norm = max_grad_norm
         self.schedule: Schedule | None = None
         self._filter: GradientFilter | None = None
+        self._filtered = False
         self._layers: list[TernaryWeight] = []
         self._hooks: list[Any] = []
         self._step: Callable[[], int] = lambda: 0
@@ -92,6 +93,7 @@ class ForeignLoop:
         """Clip and filter the gradients that an optimizer is about to use."""
         params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
+        self._filtered = False
         if not grads:
             return
         if self._max_grad_norm is not None:
@@ -101,9 +103,10 @@ class ForeignLoop:
         # Where a loss scaler skips the step, the average is to skip it too.
         if self._filter is not None and norm.isfinite():
             self._filter.before_step(optimizer, params, self._step())
+            self._filtered = True
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if self._filter is not None:
+        if self._filter is not None and self._filtered:
             params = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
             self._filter.after_step(optimizer, params, self._step())
         requantize_layers([layer for layer in self._layers if layer.weight.requires_grad])

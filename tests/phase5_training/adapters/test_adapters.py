@@ -291,6 +291,20 @@ def test_codes_follow_the_steps_and_a_bad_gradient_leaves_the_average(tmp_path: 
     assert not layer.codes_are_current
 
 
+def test_a_first_step_that_is_not_finite_is_not_filtered():
+    """A loop without a loss scaler steps all the same: there is no average to add then."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    loop = ForeignLoop(GrokfastConfig(filter="ademamix"))
+    loop.begin(model, [optimizer], 0, lambda: 0)
+    cross_entropy(model).backward()
+    next(model.parameters()).grad.fill_(float("inf"))
+    loop.before(optimizer)
+    optimizer.step()
+    assert not any("slow_gradient" in own for own in optimizer.state.values())
+    loop.end()
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
