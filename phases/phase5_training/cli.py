@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -65,11 +66,7 @@ def _guarded(words: Sequence[str], debug: bool, name: str) -> int:
     except OtherRankFailed as error:
         return error.exit_code
     except (ForgeError, OSError, MemoryError) as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            print(f"{name}: {_one_line(error)}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return _failed(error, f"{name}: {_one_line(error)}", debug)
     except (Interrupted, Terminated) as stopped:
         _tell(stopped.result)
         return stopped.exit_code
@@ -77,12 +74,24 @@ def _guarded(words: Sequence[str], debug: bool, name: str) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            kind = type(error).__name__
-            print(f"{name}: unexpected {kind}: {_one_line(error)}; --debug shows where", file=sys.stderr)
-        return 1
+        kind = type(error).__name__
+        return _failed(error, f"{name}: unexpected {kind}: {_one_line(error)}; --debug shows where", debug)
+
+
+def _failed(error: BaseException, line: str, debug: bool) -> int:
+    """Say what failed, to torchrun too, and give the exit code."""
+    code: int = getattr(error, "exit_code", 1)
+    if place := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun shows it when it ends, in place of a link to its manual; the form is that of its `record`.
+        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        with open(place, "w", encoding="utf-8") as file:
+            json.dump({"message": told}, file)
+    if debug:
+        traceback.print_exc()
+    elif code != UsageError.exit_code or os.environ.get("LOCAL_RANK", "0") == "0":
+        # A mistake is the same for all processes of a machine. One write, as they share the terminal.
+        sys.stderr.write(f"{line}\n")
+    return code
 
 
 def _call(words: Sequence[str]) -> int:

@@ -8,10 +8,11 @@ Only the first rank writes files and speaks on the console.
 """
 
 import atexit
+import contextlib
 import copy
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from phase5_training.errors import ForgeError, OtherRankFailed
+from phase5_training.errors import ForgeError, OtherRankFailed, RunFailed
 
 T = TypeVar("T")
 Units = TypeVar("Units", int, Tensor, int | Tensor)
@@ -322,8 +323,38 @@ def restarts() -> int:
 
 
 def may_restart() -> bool:
-    """Whether torchrun will start the processes again when one dies."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+    """Whether torchrun was told to start the processes again when one dies."""
+    return _most_restarts() > 0
+
+
+def _most_restarts() -> int:
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+@contextlib.contextmanager
+def naming_lost_ranks() -> Iterator[None]:
+    """While inside, what torch raises where another process is gone says so, and what comes next.
+
+    Raises:
+        RunFailed: on the first rank, which speaks for all that are left.
+        OtherRankFailed: on the others.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo's errors have no type of their own.
+        lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+        if not (lost and dist.is_initialized()):
+            raise
+        if restarts() < _most_restarts():
+            next_ = "torchrun starts them again, and a run that has begun goes on from its last checkpoint"
+        else:
+            next_ = (
+                "`forge resume RUN` goes on from its last checkpoint with any number of processes, and "
+                "torchrun's --max-restarts does so by itself"
+            )
+        kind = RunFailed if dist.get_rank() == 0 else OtherRankFailed
+        raise kind(f"another of the {dist.get_world_size()} processes has ended; {next_}") from error
 
 
 def _leave() -> None:

@@ -43,7 +43,7 @@ from phase5_training.config import (
     record_of,
 )
 from phase5_training.defaults import grokfast_config
-from phase5_training.distributed import join
+from phase5_training.distributed import join, naming_lost_ranks
 from phase5_training.errors import DataError, ForgeError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
 from phase5_training.loop_state import LoopState
@@ -111,6 +111,7 @@ class TrainingPipeline:
         """Call ``callback(index, metrics)`` at an event of the loop; see :mod:`phase5_training.events`."""
         self.callbacks.register(event, callback)
 
+    @naming_lost_ranks()
     def setup(self) -> "TrainingPipeline":
         """Open data and model and check everything; trains nothing. Called by the run when left out.
 
@@ -378,10 +379,11 @@ class TrainingPipeline:
         run = self.run_directory
         assert run is not None
         try:
-            state = self.loop.train(self.train_loader, self.loss, self.val_loader)
-            if state.stop_reason != "interrupted":
-                self._finish(state)
-            model = self._spread.finished(self.model).eval()
+            with naming_lost_ranks():
+                state = self.loop.train(self.train_loader, self.loss, self.val_loader)
+                if state.stop_reason != "interrupted":
+                    self._finish(state)
+                model = self._spread.finished(self.model).eval()
             if state.stop_reason == "interrupted":
                 return self._write_result(state, model, success=False)
             self.ranks.by_first(lambda: store_best(model, run))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from phase5_training import cli
 from phase5_training.cli import main
@@ -400,6 +401,20 @@ class TestInterrupt:
         assert forge("resume", "runs/part", "--quiet", "--num-workers", "0")[0] == 0
         assert forge("train", *wine, *options, "--num-workers", "0", "--experiment-name", "whole")[0] == 0
         assert_same(weights("runs/whole"), weights("runs/part"))
+
+
+@pytest.mark.parametrize(("local", "said"), [("0", 1), ("1", 0)])
+def test_of_the_processes_of_a_machine_the_first_speaks_of_a_mistake_and_torchrun_shows_all(
+    forge, tmp_path, monkeypatch, local, said
+):
+    """What is written for torchrun is read by torchrun's own reader."""
+    path = str(tmp_path / "error.json")
+    for name, value in {"RANK": "3", "LOCAL_RANK": local, "TORCHELASTIC_ERROR_FILE": path}.items():
+        monkeypatch.setenv(name, value)
+    line = "forge (rank 3): unknown flag '--epoch'; did you mean '--epochs'?"
+    assert forge("train", "--epoch", "3") == (2, "", [line] * said)
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=path)
+    assert f"traceback : {line}\n" in str(ChildFailedError("forge", {3: failure}))
 
 
 def test_a_program_that_ends_with_workers_waiting_ends_at_once(tmp_path):

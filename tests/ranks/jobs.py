@@ -3,7 +3,7 @@
     torchrun --nproc-per-node N jobs.py FOLDER MODE.JOB ...
 
 The runs of a job lie in FOLDER/N/MODE.JOB; each rank writes what its jobs returned to FOLDER/N-rank-R.json.
-MODE is ddp or fsdp.
+MODE is ddp or fsdp. Ranks that torchrun starts again go on with the job in which one of them died.
 """
 
 import errno
@@ -140,7 +140,7 @@ def micro(folder: Path, mode: str) -> dict:
 
 
 def muon(folder: Path, mode: str) -> dict:
-    return figures(pipeline(folder, mode, optimizer="muon"))
+    return figures(pipeline(folder, mode, optimizer="muon", max_steps=SHORT))
 
 
 def bf16(folder: Path, mode: str) -> dict:
@@ -226,7 +226,10 @@ def failed_save(folder: Path, mode: str) -> dict:
 
 
 def three_lives(folder: Path, mode: str) -> dict:
-    """The data of the last rank fail; in its second life it is killed while it writes its part of step 30."""
+    """The data of the last rank fail; in the next life it is killed while it writes its part of step 30.
+
+    :func:`killed` comes before, and has taken the first life.
+    """
     write_file, life = shared_checkpoints.write_file, os.environ["TORCHELASTIC_RESTART_COUNT"]
     made = pipeline(folder, mode, overwrite=False, auto_resume=True).setup()
     loader: Any = type(made.train_loader)
@@ -244,9 +247,9 @@ def three_lives(folder: Path, mode: str) -> dict:
             os.kill(os.getpid(), signal.SIGKILL)
         return write_file(path, parts)
 
-    if RANK == WORLD - 1 and life == "0":
-        loader.__iter__ = failing
     if RANK == WORLD - 1 and life == "1":
+        loader.__iter__ = failing
+    if RANK == WORLD - 1 and life == "2":
         shared_checkpoints.write_file = killed
     return figures(made)
 
@@ -255,7 +258,14 @@ def command(folder: Path, mode: str) -> dict:
     """What the command line does with the words of FOLDER/words.json."""
     sys.path.insert(0, str(folder.parents[1]))
     words = json.loads((folder.parents[1] / "words.json").read_text())
-    return {"code": cli.main([*words, "--output-dir", str(folder), "--experiment-name", "whole"])}
+    return {"code": cli.main([*words, "--output-dir", str(folder), "--experiment-name", "run"])}
+
+
+def killed(folder: Path, mode: str) -> dict:
+    """The same, and the last rank is killed in its first life."""
+    os.environ["DIES_AT"] = "28 of first life"
+    found = command(folder, mode)
+    return found if found["code"] == 0 else sys.exit(found["code"])
 
 
 class TwoHeads(nn.Module):
@@ -355,14 +365,18 @@ def nonfinite(folder: Path, mode: str) -> dict:
 def main() -> None:
     folder, *names = sys.argv[1:]
     report.write_report = lambda runs, output=None: Path()  # most of the time of a tiny run
-    found = {}
+    results = Path(folder) / f"{WORLD}-rank-{RANK}.json"
+    found = json.loads(results.read_text()) if results.exists() else {}
+    done = set.intersection(*map(set, join().gathered(list(found))))
     for name in names:
+        if name in done:
+            continue
         place = Path(folder) / str(WORLD) / name
         if RANK == 0:
             place.mkdir(parents=True, exist_ok=True)
         mode, _, job = name.partition(".")
         found[name] = globals()[job](place, mode)
-    (Path(folder) / f"{WORLD}-rank-{RANK}.json").write_text(json.dumps(found))
+        results.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,9 @@ def torchrun(
 
 
 def run_jobs(folder: Path, n: int, *jobs: str, restarts: int = 0) -> list[dict]:
-    """What each rank's jobs, as "MODE.NAME", returned, by rank."""
+    """What each rank's jobs, as "MODE.NAME", returned, by rank; FOLDER/N.out, N.err: what they said."""
     done = torchrun(n, JOBS, folder, *jobs, restarts=restarts)
+    for said, kind in ((done.stdout, "out"), (done.stderr, "err")):
+        (folder / f"{n}.{kind}").write_text(said)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"{n}-rank-{rank}.json").read_text()) for rank in range(n)]
