@@ -51,6 +51,7 @@ def ideas(contest: Contest, tuned: Tuned) -> dict[str, dict[str, Any]]:
         **(
             {
                 "three iterations of Muon": {"ns_steps": 3},
+                "two iterations, Polar Express": {"ns_steps": 2, "ns_coefficients": "polar_express"},
                 "three iterations, momentum 0.9, beta1 of 0.8": {
                     "ns_steps": 3,
                     "momentum": 0.9,

@@ -151,6 +151,8 @@ class TrainingConfig(BaseModel):
     """Average of the gradient in Muon and sgd; None takes 0.95 and 0.9."""
     ns_steps: Positive | None = None
     """Newton-Schulz iterations of Muon; None takes 5. Each costs a fifth of what Muon adds to a step."""
+    ns_coefficients: Literal["jordan", "polar_express"] | None = None
+    """Polynomials of these iterations; None takes jordan. polar_express does with two or three."""
     loss: str | None = None
     """Name of the loss; None takes the task's own."""
     quantization_penalty: Annotated[float, Field(ge=0)] = 0.0

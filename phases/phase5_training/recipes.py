@@ -166,7 +166,10 @@ _MODULAR_RATES: dict[str, tuple[tuple[str, float], ...]] = {
 # A run of a hundred steps has little use for averages over twenty.
 _SHORT_AVERAGES: dict[str, tuple[Options, ...]] = {
     "adamw": ({}, {"betas": [0.8, 0.98]}),
-    "muon": ({}, {"betas": [0.8, 0.98], "momentum": 0.9, "ns_steps": 3}),
+    "muon": (
+        {},
+        {"betas": [0.8, 0.98], "momentum": 0.9, "ns_steps": 2, "ns_coefficients": "polar_express"},
+    ),
 }
 
 

@@ -20,7 +20,7 @@ from phase5_training.defaults import grokfast_config
 from phase5_training.distributed import Ranks
 from phase5_training.errors import DataError, UsageError
 from phase5_training.loss_registry import build_loss
-from phase5_training.muon import iteration_flops
+from phase5_training.muon import ITERATIONS, iteration_flops
 from phase5_training.pipeline.data_config import DataConfig
 
 pytestmark = pytest.mark.usefixtures("no_report")
@@ -195,7 +195,9 @@ class TestFilterNotices:
 
 
 class TestTorchOptimizers:
-    NAMED = MappingProxyType({"betas": [0.7, 0.8], "momentum": 0.6, "ns_steps": 2})
+    NAMED = MappingProxyType(
+        {"betas": [0.7, 0.8], "momentum": 0.6, "ns_steps": 2, "ns_coefficients": "polar_express"}
+    )
 
     @staticmethod
     def made(optimizer, **options):
@@ -208,6 +210,7 @@ class TestTorchOptimizers:
     def test_what_is_named_reaches_the_optimizers(self):
         muon, adamw = self.made("muon", **self.NAMED)
         assert [(g["momentum"], g["ns_steps"]) for g in muon.param_groups] == [(0.6, 2)]
+        assert [g["ns_coefficients"] for g in muon.param_groups] == [ITERATIONS["polar_express"]]
         assert {g["betas"] for g in adamw.param_groups} == {(0.7, 0.8)}
         (sgd,) = self.made("sgd", momentum=0.6)
         assert {g["momentum"] for g in sgd.param_groups} == {0.6}
@@ -215,12 +218,19 @@ class TestTorchOptimizers:
     def test_what_is_not_named_is_the_default(self):
         muon, adamw = self.made("muon")
         assert [(g["momentum"], g["ns_steps"]) for g in muon.param_groups] == [(0.95, 5)]
+        assert [g["ns_coefficients"] for g in muon.param_groups] == [(3.4445, -4.775, 2.0315)]
         assert {g["betas"] for g in adamw.param_groups} == {(0.9, 0.98)}
         assert {g["momentum"] for g in self.made("sgd")[0].param_groups} == {0.9}
 
     @pytest.mark.parametrize(
         ("optimizer", "name"),
-        [("adamw", "momentum"), ("adamw", "ns_steps"), ("sgd", "ns_steps"), ("sgd", "betas")],
+        [
+            ("adamw", "momentum"),
+            ("adamw", "ns_steps"),
+            ("adamw", "ns_coefficients"),
+            ("sgd", "ns_steps"),
+            ("sgd", "betas"),
+        ],
     )
     def test_what_an_optimizer_does_not_have_is_refused(self, optimizer, name):
         with pytest.raises(

@@ -51,7 +51,7 @@ task batch_size micro_batch_size num_workers data_timeout cache_size streaming q
 validation_split shuffle drop_last max_length tokenizer invalid_records
 record_policies max_dropped_share num_classes input_kind pad_id
 pack_text bucket_by_length inputs_path targets_path cache_mb
-epochs max_steps max_seconds optimizer learning_rate weight_decay betas momentum ns_steps loss
+epochs max_steps max_seconds optimizer learning_rate weight_decay betas momentum ns_steps ns_coefficients loss
 quantization_penalty label_smoothing distillation_temperature distillation_alpha seed deterministic
 use_bitnet weight_bits quantization_mode activation_bits backward float_layers
 use_grokfast grokfast_alpha grokfast_lambda filter grokfast_window grokfast_unit_gain

@@ -24,14 +24,19 @@ from phase4_bitnet.layers import TernaryWeight, requantize_layers, ternary_layer
 from phase4_bitnet.ternary import quantize_weight
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.fused_step import fused_step
-from phase5_training.muon import NS_STEPS, muon_class
+from phase5_training.muon import ITERATIONS, NS_STEPS, muon_class
 from phase5_training.slow_average import COUNT, SLOW, WINDOW, LinearFilter
 
 # The second-moment decay of grokking and language-model practice (Power et al. 2022 use 0.98).
 BETAS = (0.9, 0.98)
 OPTIMIZERS: tuple[str, ...] = ("auto", "muon", "adamw", "sgd")
 # The optimizers that have each of these options.
-AVERAGES = {"betas": ("muon", "adamw"), "momentum": ("muon", "sgd"), "ns_steps": ("muon",)}
+AVERAGES = {
+    "betas": ("muon", "adamw"),
+    "momentum": ("muon", "sgd"),
+    "ns_steps": ("muon",),
+    "ns_coefficients": ("muon",),
+}
 
 
 class Filter(Protocol):
@@ -441,6 +446,7 @@ def build_optimizer(
     betas: Sequence[float] = BETAS,
     momentum: float | None = None,
     ns_steps: int = NS_STEPS,
+    ns_coefficients: str = "jordan",
 ) -> list[Optimizer]:
     """The torch optimizers for ``optimizer=name``, with the same rate and decay in each.
 
@@ -453,7 +459,9 @@ def build_optimizer(
         model: parameters with ``requires_grad``.
         learning_rate, weight_decay: for every group.
         extra: parameters of the loss, not decayed.
-        betas: of AdamW. momentum: of Muon (None: 0.95) or sgd (None: 0.9). ns_steps: iterations of Muon.
+        betas: of AdamW. momentum: of Muon (None: 0.95) or sgd (None: 0.9).
+        ns_steps: iterations of Muon.
+        ns_coefficients: which ones, a key of :data:`phase5_training.muon.ITERATIONS`.
 
     Returns:
         One or two optimizers with disjoint parameters.
@@ -479,14 +487,16 @@ def build_optimizer(
     groups = [g for g in groups if g["params"]]
     optimizers: list[Optimizer] = []
     if muon:
+        triples = ITERATIONS[ns_coefficients]
         optimizers.append(
-            muon_class(muon)(
+            muon_class(muon, ns_coefficients)(
                 muon,
                 lr=learning_rate,
                 weight_decay=weight_decay,
                 momentum=0.95 if momentum is None else momentum,
                 ns_steps=ns_steps,
                 adjust_lr_fn="match_rms_adamw",
+                **({} if triples is None else {"ns_coefficients": triples}),  # type: ignore[arg-type]
             )
         )
     if groups and name == "sgd":
