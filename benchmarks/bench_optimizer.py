@@ -22,7 +22,7 @@ from interleave import quartiles, ratio_quartiles, timing_circumstances, write_r
 from phase4_bitnet import build_model, ternary_layers
 from phase4_bitnet.convert import hidden_linears
 from phase5_training import BitNetOptimizer, GrokfastConfig
-from phase5_training.pipeline.bitnet_optimizer import build_optimizer
+from phase5_training.optimizers import build_optimizer
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
 
 RECORD = Path(__file__).parent / "records" / "optimizer.jsonl"

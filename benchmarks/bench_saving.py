@@ -29,7 +29,7 @@ from phase4_bitnet import build_model
 from phase5_training import BitNetOptimizer, LoopConfig, TrainingLoop
 from phase5_training.checkpoint import CheckpointStore
 from phase5_training.config import TrainingConfig
-from phase5_training.pipeline.bitnet_optimizer import build_optimizer
+from phase5_training.optimizers import build_optimizer
 from phase5_training.saving import Saver
 
 

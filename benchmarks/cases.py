@@ -24,7 +24,7 @@ from phase4_bitnet.naive import convert_model_to_naive
 from phase5_training import BitNetOptimizer, GrokfastConfig
 from phase5_training.config import TrainingConfig
 from phase5_training.hardware import compile_model
-from phase5_training.pipeline.bitnet_optimizer import build_optimizer
+from phase5_training.optimizers import build_optimizer
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
 
 VOCABULARY = 256

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from phase4_bitnet import build_model
 from phase5_training import BitNetOptimizer
 from phase5_training.bench_run import circumstances
-from phase5_training.pipeline.bitnet_optimizer import build_optimizer
+from phase5_training.optimizers import build_optimizer
 
 CASES = {
     "float, AdamW": ("adamw", {"ternary": False}),

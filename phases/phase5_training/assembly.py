@@ -21,8 +21,8 @@ from phase5_training.loop_config import LoopConfig
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
 from phase5_training.modes import eval_mode
 from phase5_training.muon import NS_STEPS, iteration_flops
+from phase5_training.optimizers import AVERAGES, build_optimizer, check_optimizer_name
 from phase5_training.phases import Schedule, build_schedule
-from phase5_training.pipeline.bitnet_optimizer import AVERAGES, build_optimizer, check_optimizer_name
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.grokfast_trainer import GrokfastConfig
 from phase5_training.pipeline.validation import EarlyStopping, RealTimeValidator

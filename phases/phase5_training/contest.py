@@ -9,7 +9,7 @@ from typing import Any
 from phase5_training.config import TrainingConfig, load_yaml, parse_config
 from phase5_training.errors import UsageError, nearest_match
 from phase5_training.hardware import resolve_amp, resolve_device
-from phase5_training.pipeline.bitnet_optimizer import AVERAGES
+from phase5_training.optimizers import AVERAGES
 from phase5_training.recipes import TASKS, BenchTask, Recipe, Tuned
 from phase5_training.tasks import load_task
 

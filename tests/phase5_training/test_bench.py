@@ -17,7 +17,7 @@ from phase5_training.bench_tables import comparison_rows, notes, result_table
 from phase5_training.cli import main
 from phase5_training.contest import Contest, built_in, from_config, options_of
 from phase5_training.errors import RunFailed
-from phase5_training.pipeline.bitnet_optimizer import AVERAGES
+from phase5_training.optimizers import AVERAGES
 from phase5_training.pipeline.validation import RealTimeValidator
 from phase5_training.recipes import (
     ATTRIBUTION,

@@ -8,7 +8,8 @@ from torch import nn
 
 from oracles import bitnet, grokfast
 from phase4_bitnet.layers import BitLinear
-from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
+from phase5_training.optimizers import build_optimizer
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.pipeline.grokfast_trainer import AVERAGE_DTYPES, FILTERS, GradientFilter, GrokfastConfig
 
 

@@ -10,8 +10,9 @@ from phase4_bitnet.layers import BitLinear
 from phase5_training.checkpoint import CheckpointStore, load_checkpoint
 from phase5_training.errors import RunFailed, UsageError
 from phase5_training.events import CallbackRegistry, Event
+from phase5_training.optimizers import build_optimizer
 from phase5_training.phases import PhaseSchedule
-from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.pipeline.grokfast_trainer import GradientFilter, GrokfastConfig
 from phase5_training.pipeline.scheduler import GrokfastScheduler
 from phase5_training.pipeline.training_loop import LoopConfig, TrainingLoop

@@ -15,8 +15,9 @@ from phase5_training.checkpoint import CheckpointStore, NotSavedError, load_chec
 from phase5_training.errors import DataError, RunFailed
 from phase5_training.events import CallbackRegistry, Event
 from phase5_training.loop_config import LoopConfig
+from phase5_training.optimizers import build_optimizer
 from phase5_training.phases import PhaseSchedule
-from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer, build_optimizer
+from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.pipeline.scheduler import GrokfastScheduler
 from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.pipeline.validation import RealTimeValidator
