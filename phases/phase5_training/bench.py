@@ -18,10 +18,10 @@ from rich.console import Console
 
 from phase5_training import bench_summary, bench_tables
 from phase5_training.bench_run import append, circumstances, run_once, warm_up
-from phase5_training.bench_tuning import tune_once, tuned_row
+from phase5_training.bench_tuning import tune_once, tune_to_target, tuned_row
 from phase5_training.contest import Contest, built_in, from_config
 from phase5_training.errors import UsageError
-from phase5_training.recipes import BUILT_IN, RECIPES, TASKS, Tuned, chosen_recipes, read_tuned
+from phase5_training.recipes import BUILT_IN, RECIPES, TASKS, Tuned, chosen_recipes, grid, read_tuned
 from phase5_training.records import RunDirectory
 from phase5_training.report import write_report
 
@@ -117,7 +117,8 @@ def bench(
         recipes: names in ``recipes.RECIPES``.
         seeds: of weights and data order; the recipes take turns within each.
         targets: figures to hold, or recipes whose held figure is the target; empty takes the contest's.
-        tuned: what earlier tuning found; a recipe without figures is tuned first, for a tenth of the run.
+        tuned: what earlier tuning found; a recipe without figures is tuned first: for a tenth of the run, or,
+            on a built-in task whose other recipes have theirs, by the search that these had.
         full: go on after the targets are held, to the end of the schedule.
         record: file of JSON lines that every row is appended to as it comes.
         quiet: print the tables only.
@@ -156,10 +157,18 @@ def bench(
     warm_up(contest, [(RECIPES[name], known.get(RECIPES[name].tuned_as)) for name in recipes])
     figures: dict[str, Tuned] = {}
     for base in filter(None, dict.fromkeys(RECIPES[name].tuned_as for name in recipes)):
-        if base not in known:
-            say(f"tuning {RECIPES[base].title} by short trials")
         # Not on a seed that is reported, which would be the one that was tuned for.
-        figures[base] = known.get(base) or tune_once(contest, base, max(seeds) + 1)
+        seed = max(seeds) + 1
+        if base in known:
+            figures[base] = known[base]
+        elif known and contest.task is not None:
+            runs_of_grid = len(grid(RECIPES[base], contest.task))
+            say(f"tuning {RECIPES[base].title} by {runs_of_grid} whole runs, as the others were")
+            figures[base] = tune_to_target(contest, base, seed, record, targets)
+            continue  # which has recorded it
+        else:
+            say(f"tuning {RECIPES[base].title} by short trials")
+            figures[base] = tune_once(contest, base, seed)
         keep({"kind": "tuned", **tuned_row(contest.name, base, figures[base])})
     runs: list[Row] = []
     for turn, seed in enumerate(seeds):

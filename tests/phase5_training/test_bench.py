@@ -320,6 +320,23 @@ class TestRuns:
             capsys.readouterr().out,
         )
 
+    @pytest.mark.parametrize(
+        ("task", "known", "search"),
+        [("wine", ("float",), "grid"), ("wine", (), "trials"), (None, ("float",), "trials")],
+    )
+    def test_recipes_side_by_side_have_the_same_search(
+        self, task_files, tmp_path, no_report, monkeypatch, task, known, search
+    ):
+        """One that was tuned by ten steps beside one that was tuned by whole runs would be no comparison."""
+        own = replace(contest(task_files, tmp_path), task=TASKS[task] if task else None)
+        found, called = FIGURES["wine", "naive"], []
+        monkeypatch.setattr(bench, "BUILT_IN", {})
+        for name, kind in (("tune_to_target", "grid"), ("tune_once", "trials")):
+            monkeypatch.setattr(bench, name, lambda *a, kind=kind: called.append((kind, *a[1:3])) or found)
+        tuned = {("wine", name): FIGURES["wine", name] for name in known}
+        bench.bench(own, ["float", "naive"], [3], tuned=tuned, quiet=True)
+        assert called == [(search, name, 4) for name in ("float", "naive") if name not in known]
+
     def test_bench(self, done, tmp_path):
         _, found, rows, out = done
         runs = [row for row in rows if row["kind"] == "run"]
