@@ -129,7 +129,12 @@ def bench(
     Raises:
         UsageError: a target names a recipe that is not run, or a recipe was tuned on one of the seeds.
     """
-    targets = tuple(targets) or contest.targets
+    if not targets:
+        # Of the contest's own, those that can be had from the recipes that are run.
+        known_here = [
+            target for target in contest.targets if not isinstance(target, str) or target in recipes
+        ]
+        targets = known_here or contest.targets
     for target in targets:
         if isinstance(target, str) and target not in recipes:
             raise UsageError(

@@ -337,6 +337,13 @@ class TestRuns:
         bench.bench(own, ["float", "naive"], [3], tuned=tuned, quiet=True)
         assert called == [(search, name, 4) for name in ("float", "naive") if name not in known]
 
+    def test_targets_of_a_task_need_only_the_recipes_that_run(self, task_files, tmp_path, no_report):
+        own = replace(contest(task_files, tmp_path, max_steps=15), targets=("float_muon", "plain"))
+        found = bench.bench(own, ["plain"], [0], quiet=True)
+        assert [row["target"] for row in found["summaries"]] == ["plain"]
+        with pytest.raises(UsageError, match="target 'float_muon' is the figure of a recipe that is not run"):
+            bench.bench(replace(own, targets=("float_muon",)), ["plain"], [0], quiet=True)
+
     def test_bench(self, done, tmp_path):
         _, found, rows, out = done
         runs = [row for row in rows if row["kind"] == "run"]
