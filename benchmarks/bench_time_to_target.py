@@ -19,6 +19,7 @@ import torch
 from phase5_training.bench import bench, figure_or_recipe
 from phase5_training.bench_tuning import tune_to_target
 from phase5_training.contest import built_in
+from phase5_training.errors import UsageError
 from phase5_training.recipes import BUILT_IN, RECIPES, TASKS, chosen_recipes, read_tuned
 
 RECORDS = Path(__file__).resolve().parent / "records"
@@ -73,4 +74,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"bench_time_to_target.py: {error}")
