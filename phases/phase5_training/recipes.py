@@ -279,12 +279,12 @@ def _found(
 
 
 _ON_PRODUCTS: dict[str, Any] = {"schedule": "constant", "seeds": (100, 101, 102)}
-_SHORT: Options = {"betas": [0.8, 0.98], "momentum": 0.9, "ns_steps": 3}
+_SHORT = _SHORT_AVERAGES["muon"][1]
 # What tuning chose in the committed record, so that a first comparison need not repeat it.
 BUILT_IN: dict[tuple[str, str], Tuned] = {
-    ("modular_mul", "forge"): _found("muon", 3e-3, 1.0, 8325, 510.7, 30, **_ON_PRODUCTS, **_SHORT),
+    ("modular_mul", "forge"): _found("muon", 3e-3, 1.0, 8070, 338.0, 30, **_ON_PRODUCTS, **_SHORT),
     ("modular_mul", "float"): _found("adamw", 1e-3, 6.0, 6105, 221.9, 22, **_ON_PRODUCTS),
-    ("modular_mul", "float_muon"): _found("muon", 3e-3, 3.0, 7515, 490.3, 30, **_ON_PRODUCTS, **_SHORT),
+    ("modular_mul", "float_muon"): _found("muon", 3e-3, 1.0, 7710, 510.4, 30, **_ON_PRODUCTS, **_SHORT),
     ("modular_mul", "naive"): _found("adamw", 1.5e-3, 3.0, 4725, 236.0, 16, **_ON_PRODUCTS),
     ("digits", "forge"): _found("adamw", 4e-3, 1.0, 2601, 81.5, 24),
     ("digits", "float"): _found("adamw", 3e-3, 1.0, 2584, 28.2, 24, max_steps=255),
