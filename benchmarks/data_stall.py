@@ -1,5 +1,6 @@
 """How long the steps of real tasks wait for data; part ``stall`` of bench_data.py."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ class ProcessorTime:
         self.making = 0.0
         self.steps: list[float] = []
 
-    def watch(self, loader: type) -> None:
-        """Count what all loaders of this class do from here on."""
+    @contextlib.contextmanager
+    def watch(self, loader: type) -> Iterator[None]:
+        """Count what all loaders of this class do meanwhile."""
         made = loader.__iter__  # type: ignore[misc]
 
         def batches(own: Any) -> Iterator[Any]:
@@ -43,6 +45,10 @@ class ProcessorTime:
                 asked = time.process_time()
 
         loader.__iter__ = batches  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            loader.__iter__ = made  # type: ignore[misc]
 
     def share(self) -> float:
         """Of the time of all steps; a median step, since validation and saving lie between some."""
@@ -51,7 +57,10 @@ class ProcessorTime:
 
 
 def prepare_stall(name: str, steps: int, folder: Path, threads: int) -> Any:
-    """A turn: one run of a task of the suite."""
+    """A turn: a task of the suite, once for the wall clock and once for processor time.
+
+    To read the latter is a call of the system, which would lengthen the waits of the former.
+    """
     torch.set_num_threads(threads)
     from phase5_training import create_training_pipeline
     from phase5_training.contest import built_in
@@ -59,10 +68,8 @@ def prepare_stall(name: str, steps: int, folder: Path, threads: int) -> Any:
 
     options = built_in(name, str(folder), max_steps=steps).options
     data = [options.pop(key) for key in ("model", "train_data_path", "val_data_path")]
-    clock = ProcessorTime()
-    clock.watch(ForgeDataLoader)
 
-    def turn() -> dict[str, Any]:
+    def run() -> Path:
         result = create_training_pipeline(
             *data,
             output_dir=str(folder),
@@ -72,11 +79,17 @@ def prepare_stall(name: str, steps: int, folder: Path, threads: int) -> Any:
             progress="quiet",
             **options,
         ).run()
-        rows = map(json.loads, (Path(result.run_dir) / "metrics.jsonl").read_text().splitlines())
+        return Path(result.run_dir) / "metrics.jsonl"
+
+    def turn() -> dict[str, Any]:
+        rows = [json.loads(line) for line in run().read_text().splitlines()]
+        clock = ProcessorTime()
+        with clock.watch(ForgeDataLoader):
+            run()
         return {
             "steps": steps,
             "batch_size": options["batch_size"],
-            **stalls(list(rows), options["batch_size"]),
+            **stalls(rows, options["batch_size"]),
             "cpu_share": clock.share(),
         }
 

@@ -55,13 +55,14 @@ def test_the_share_of_waiting_is_of_the_time_of_all_steps():
     assert found["shares"] == [0.5, 0.0]
 
 
-def test_a_task_in_training_says_how_long_it_waited(tmp_path, monkeypatch):
-    monkeypatch.setattr(ForgeDataLoader, "__iter__", ForgeDataLoader.__iter__)  # put back at the end
+def test_a_task_in_training_says_how_long_it_waited(tmp_path):
+    plain = ForgeDataLoader.__iter__
     turn, _ = data_stall.prepare_stall("breast_cancer", 20, tmp_path, 1)
     row = turn()
     assert len(row["shares"]) >= 2
     assert 0 <= row["waited_s"] < row["seconds"]
     assert 0 < row["cpu_share"] < 0.5
+    assert ForgeDataLoader.__iter__ is plain
 
 
 def test_processor_time_tells_making_from_steps():
@@ -79,9 +80,9 @@ def test_processor_time_tells_making_from_steps():
             pass
 
     clock = data_stall.ProcessorTime()
-    clock.watch(Loader)
-    for number, _ in enumerate(Loader()):
-        burn(1.0 if number == 1 else 0.1)  # one with a validation in it
+    with clock.watch(Loader):
+        for number, _ in enumerate(Loader()):
+            burn(1.0 if number == 1 else 0.1)  # one with a validation in it
     assert len(clock.steps) == 3
     assert clock.making == pytest.approx(0.15, abs=0.03)
     assert clock.share() == pytest.approx(0.15 / 0.45, abs=0.04)
