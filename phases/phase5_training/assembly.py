@@ -62,6 +62,7 @@ def data_config(config: TrainingConfig, *, split: bool, ranks: Ranks | None = No
         inputs_path=config.inputs_path,
         targets_path=config.targets_path,
         cache_mb=config.cache_mb,
+        memory_limit_mb=config.memory_limit_mb,
     )
 
 

@@ -128,6 +128,8 @@ class TrainingConfig(BaseModel):
     """Array or group of the targets in an HDF5 file."""
     cache_mb: Positive = 64
     """MiB that the samples of cache_size may take."""
+    memory_limit_mb: Annotated[int, Field(ge=0)] = 1024
+    """MiB of data that are held in memory; larger ones are read in place."""
 
     # Training
     epochs: Positive = 100

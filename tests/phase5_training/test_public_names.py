@@ -50,7 +50,7 @@ model model_options train_data_path val_data_path experiment_name output_dir ove
 task batch_size micro_batch_size num_workers data_timeout cache_size streaming quality_threshold
 validation_split shuffle drop_last max_length tokenizer invalid_records
 record_policies max_dropped_share num_classes input_kind pad_id
-pack_text bucket_by_length inputs_path targets_path cache_mb
+pack_text bucket_by_length inputs_path targets_path cache_mb memory_limit_mb
 epochs max_steps max_seconds optimizer learning_rate weight_decay betas momentum ns_steps ns_coefficients loss
 quantization_penalty label_smoothing distillation_temperature distillation_alpha seed deterministic
 use_bitnet weight_bits quantization_mode activation_bits backward float_layers

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
@@ -21,9 +22,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from phase5_training.errors import DataError, UsageError
+from phase5_training.meter import cores
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.data_prepared import Portion, Prepared
-from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, watched
+from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, unwarned, watched
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.dataset import is_map_style, open_dataset
@@ -235,16 +237,17 @@ class ForgeDataLoader:
             # dropout would then differ between runs with and without workers.
             generator = torch.Generator()
             generator.manual_seed(self.config.seed)
-            self._workers = DataLoader(
-                self._prepared,  # type: ignore[arg-type]
-                batch_sampler=self._pending,  # type: ignore[arg-type]
-                num_workers=self.config.num_workers,
-                collate_fn=_as_is,
-                persistent_workers=True,
-                worker_init_fn=_prepare_worker,
-                timeout=POLL_SECONDS,
-                generator=generator,
-            )
+            with unwarned():
+                self._workers = DataLoader(
+                    self._prepared,  # type: ignore[arg-type]
+                    batch_sampler=self._pending,  # type: ignore[arg-type]
+                    num_workers=self.config.num_workers,
+                    collate_fn=_as_is,
+                    persistent_workers=True,
+                    worker_init_fn=_prepare_worker,
+                    timeout=POLL_SECONDS,
+                    generator=generator,
+                )
             atexit.register(_let_go, weakref.ref(self._workers))
         self._pending.portions = portions
         return self._watched(start(self._workers))
@@ -412,6 +415,7 @@ def _create(
             )
         return BatchLoader(opened, whole, task, config.rank, config.world_size), None
     prepared = Prepared(opened, config, task, spec, quarantine)
+    _advise(prepared)
     keep = prepared.scan.keep
     if not config.validation_split:
         return ForgeDataLoader(prepared, keep, whole), None
@@ -424,6 +428,18 @@ def _create(
         )
     train, validation = split_indices(len(prepared), keep, held_out, config.seed)
     return ForgeDataLoader(prepared, train, "train"), ForgeDataLoader(prepared, validation, "validation")
+
+
+def _advise(prepared: Prepared) -> None:
+    """Warn of workers that take longer than none; torch says only that there may be too many."""
+    workers, available = prepared.config.num_workers, cores()
+    if workers and prepared.source.access == "memory":
+        said = "the data are in memory, where making a batch takes less than sending it; use num_workers=0"
+    elif workers > available:
+        said = f"cores available: {available}; more workers help only where a disk or network is waited for"
+    else:
+        return
+    warnings.warn(f"num_workers={workers}: {said}", stacklevel=4)
 
 
 def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchStream:

@@ -6,6 +6,7 @@ import contextlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,15 +50,24 @@ class WorkerBoard:
         return [index for index in row if index >= 0]
 
 
+@contextlib.contextmanager
+def unwarned() -> Iterator[None]:
+    """Without torch's warnings of too many workers: the loader says once what would be faster."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
+
+
 def start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Begin an epoch; a worker that dies is found by :func:`watched`, not in the middle of a step.
 
     Torch has the main thread raise at any moment when a worker dies; its handler is taken back.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    with unwarned():
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+            return iter(loader)
+        before = signal.getsignal(signal.SIGCHLD)
+        batches = iter(loader)
     with contextlib.suppress(TypeError):  # None: a handler that Python did not set
         signal.signal(signal.SIGCHLD, before)
     return batches

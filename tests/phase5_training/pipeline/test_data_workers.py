@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -128,3 +130,27 @@ def test_what_the_workers_make_is_what_one_process_makes():
 def test_a_time_of_nothing_is_refused():
     with pytest.raises(UsageError, match=r"timeout=0 is not above 0"):
         DataConfig(timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("available", "options", "said"),
+    [
+        (8, {}, ["num_workers=2: the data are in memory, .*; use num_workers=0"]),
+        (2, {"memory_limit_mb": 0}, []),
+        (1, {"memory_limit_mb": 0}, ["num_workers=2: cores available: 1; more workers help only where .*"]),
+    ],
+)
+def test_workers_that_help_nobody_are_told_of_once(tmp_path, monkeypatch, available, options, said):
+    from phase5_training.pipeline import data_loader
+
+    monkeypatch.setattr(data_loader, "cores", lambda: available)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # that torch looks at
+    np.save(tmp_path / "a.npy", np.ones((9, 2), np.float32))
+    np.save(tmp_path / "a_targets.npy", np.arange(9))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        config = DataConfig(batch_size=4, num_workers=2, **options)
+        assert len(list(DataLoaderFactory.create_loader(tmp_path / "a.npy", config))) == 3
+    assert len(found) == len(said)
+    for one, wanted in zip(found, said, strict=True):
+        assert re.fullmatch(wanted, str(one.message))
