@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from phase5_training.errors import ForgeError, OtherRankFailed, RunFailed
+from phase5_training.errors import ForgeError, OtherRankFailed, RunFailed, first_line
 
 T = TypeVar("T")
 Units = TypeVar("Units", int, Tensor, int | Tensor)
@@ -312,7 +312,7 @@ def _meet() -> tuple[Any, int, int]:
                 "MASTER_PORT, or with torchrun --standalone, which finds a free one"
             ) from error
         raise ForgeError(
-            f"the ranks cannot meet at {where} ({str(error).splitlines()[0]}); check that rank 0 runs there "
+            f"the ranks cannot meet at {where} ({first_line(error)}); check that rank 0 runs there "
             "and that the others reach it"
         ) from error
 

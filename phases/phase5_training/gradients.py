@@ -9,7 +9,7 @@ from torch import Tensor
 
 from phase5_training.batches import count_samples, micro_batches_of, rows_of, to_device
 from phase5_training.distributed import Ranks
-from phase5_training.errors import RunFailed
+from phase5_training.errors import RunFailed, first_line
 from phase5_training.protocols import Batch
 from phase5_training.random_state import random_state, set_random_state
 from phase5_training.signals import StopAsked, StopFlag
@@ -97,7 +97,7 @@ class BatchGradient:
                 self._tell_the_others(error, used)
                 if used == 1:
                     raise RunFailed(
-                        f"out of memory with one sample at a time ({_first_line(error)}); use a smaller "
+                        f"out of memory with one sample at a time ({first_line(error)}); use a smaller "
                         "model or shorter samples, or max_length"
                     ) from error
                 mine = True
@@ -125,7 +125,7 @@ class BatchGradient:
         if self._exchanging or not hasattr(self.model, "no_sync"):
             raise RunFailed(
                 f"out of memory on rank {self._ranks.rank} while the ranks exchange tensors "
-                f"({_first_line(error)}); go on with micro_batch_size={max(1, used // 2)}"
+                f"({first_line(error)}); go on with micro_batch_size={max(1, used // 2)}"
             ) from error
         self._ranks.add_up_([torch.zeros((), device=self.device), *self._sums], failed=True)
 
@@ -185,10 +185,6 @@ def is_out_of_memory(error: BaseException) -> bool:
         True
     """
     return isinstance(error, torch.OutOfMemoryError) or any(said in str(error) for said in _CPU_MEMORY)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _share(mean: Tensor, own: int | Tensor, total: int | Tensor) -> Tensor:

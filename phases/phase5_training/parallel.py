@@ -135,8 +135,8 @@ def spread(
         coded = sum(codes_travel(layer) for _, layer in ternary_layers(model))
         notice = (
             f"{ranks.world_size} ranks, each with a part of every weight (fsdp); {coded} layers travel as "
+            f"2-bit codes; {sent}"
         )
-        notice += f"2-bit codes; {sent}"
         made = functools.partial(ShardedOptimizer, exchange=exchange)
         return Spread(called=model, optimizer=made, notices=(notice,), parts=True, whole=whole)
     unused = ranks.any(bool(unused_parameters(model, loss, batch, device)))

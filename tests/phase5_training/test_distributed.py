@@ -312,7 +312,7 @@ def test_ranks_whose_place_to_meet_is_taken_say_so_in_one_line(monkeypatch):
     assert "\n" not in str(told.value)
 
 
-def group(**own):
+def group():
     made = ProcessGroup.__new__(ProcessGroup)
     made.rank, made.world_size = 0, 2
     return made
