@@ -262,10 +262,10 @@ def _break_workers(how: str) -> None:
 
     from phase5_training.pipeline.data_prepared import Prepared
 
-    batch: Callable[..., Any] = Prepared.batch
+    batches: Callable[..., Any] = Prepared.batches
     calls = 0
 
-    def broken(prepared: Any, indices: Any) -> Any:
+    def broken(prepared: Any, portion: Any) -> Any:
         nonlocal calls
         if get_worker_info() is not None:
             calls += 1
@@ -273,9 +273,9 @@ def _break_workers(how: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             if calls == 3:
                 time.sleep(3600)
-        return batch(prepared, indices)
+        return batches(prepared, portion)
 
-    Prepared.batch = broken  # type: ignore[method-assign]
+    Prepared.batches = broken  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager

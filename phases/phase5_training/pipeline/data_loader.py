@@ -415,7 +415,8 @@ def _create(
             )
         return BatchLoader(opened, whole, task, config.rank, config.world_size), None
     prepared = Prepared(opened, config, task, spec, quarantine)
-    _advise(prepared)
+    if whole == "train":  # once for a run
+        _advise(prepared)
     keep = prepared.scan.keep
     if not config.validation_split:
         return ForgeDataLoader(prepared, keep, whole), None
