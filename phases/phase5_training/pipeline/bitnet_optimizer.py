@@ -29,8 +29,8 @@ from phase5_training.slow_average import COUNT, SLOW, WINDOW, LinearFilter
 class Filter(Protocol):
     """A gradient filter; see :class:`phase5_training.pipeline.grokfast_trainer.GradientFilter`."""
 
-    def acts(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether the coming step is filtered; where not, it is as without a filter."""
+    def begin_step(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Get ready for a step; returns whether it is filtered. Where not, it is as without a filter."""
 
     def linear(self, step: int) -> LinearFilter | None:
         """The filter of a step as a gradient and its average determine it; None where they do not."""
@@ -255,13 +255,14 @@ class BitNetOptimizer(Optimizer):
                     layers = left
         if general:
             own = {id(p) for o in general for g in o.param_groups for p in g["params"]}
-            self._general_update([p for p in params if id(p) in own], factor, general)
+            self._general_update([p for p in params if id(p) in own], factor, general, acting)
         self._requantize(layers)
         return self._slow_ratio(params, norm * factor), self._flip_shares(before)
 
     def _acting_filter(self) -> Filter | None:
+        """The filter of the step that begins."""
         own = self.gradient_filter
-        return own if own is not None and own.acts(self.optimizers) else None
+        return own if own is not None and own.begin_step(self.optimizers) else None
 
     def _clip_factor(self, norm: Tensor) -> Tensor:
         """Factor on the gradients, () float32: that of torch.nn.utils.clip_grad_norm_."""
@@ -270,7 +271,11 @@ class BitNetOptimizer(Optimizer):
         return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
     def _general_update(
-        self, params: list[nn.Parameter], factor: Tensor, optimizers: Sequence[Optimizer]
+        self,
+        params: list[nn.Parameter],
+        factor: Tensor,
+        optimizers: Sequence[Optimizer],
+        acting: Filter | None,
     ) -> None:
         """Clip, filter and let the wrapped optimizers step, one after the other."""
         if not params:
@@ -278,7 +283,6 @@ class BitNetOptimizer(Optimizer):
         # On the host the factor is read for free.
         if self.max_grad_norm is not None and (self._undo_on_device or factor < 1):
             torch._foreach_mul_([p.grad for p in params if p.grad is not None], factor)
-        acting = self._acting_filter()
         for optimizer in optimizers:
             if acting is None:
                 optimizer.step()
@@ -324,7 +328,7 @@ class BitNetOptimizer(Optimizer):
         norm = torch.where(nonfinite, 1.0, norm)
         factor, layers = self._clip_factor(norm), self._trained_layers()
         codes = [layer.codes.clone() for layer in layers] if self.measure else []
-        self._general_update(params, factor, self.optimizers)
+        self._general_update(params, factor, self.optimizers, self._acting_filter())
         self._requantize(layers)
         ratio, flips = self._slow_ratio(params, norm * factor), self._flip_shares(codes)
         for now, old in zip(changed, before, strict=True):

@@ -176,12 +176,12 @@ class GradientFilter:
         self._new: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
         self._rests = False
 
-    def acts(self, optimizers: Sequence[Optimizer]) -> bool:
-        """Whether the coming step is filtered; "auto" rests while there is no evidence.
+    def begin_step(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Get ready for a step; returns whether it is filtered: "auto" rests while there is no evidence.
 
         Args:
-            optimizers: about to step. Averages of gradients before a rest say nothing about those after it,
-                so they go.
+            optimizers: about to step. As a rest begins their averages go: they would say nothing about the
+                gradients after it.
         """
         rests = self.config.filter == "auto" and self.lag.evidence == 0
         if rests and not self._rests:
