@@ -21,7 +21,7 @@ _SHAPING = tuple(
 # Lee et al. 2024, arXiv:2405.20233, section 4.1.
 PAPER_ALPHA, PAPER_LAMBDA = 0.98, 2.0
 # At full evidence. A gain of 10 over some twenty steps costs a tuned run nothing, and brought one with a rate
-# too small from 2925 steps to 315; those of the paper to 2190 (benchmarks/records/filter_delayed.jsonl).
+# too small from 2925 steps to 300; those of the paper to 2190 (benchmarks/records/filter_delayed.jsonl).
 AUTO_ALPHA, AUTO_LAMBDA = 0.95, 10.0
 
 
