@@ -31,6 +31,7 @@ LEAVES = {
         "generalization",
         "loop_config",
         "loop_state",
+        "memory",
         "modes",
         "outputs",
         "phases",

@@ -20,6 +20,7 @@ from phase5_training.config import TrainingConfig
 from phase5_training.distributed import Ranks, Traffic, may_restart, restarts
 from phase5_training.errors import UsageError
 from phase5_training.loss_registry import Loss
+from phase5_training.memory import usable_memory
 from phase5_training.modes import eval_mode
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
 from phase5_training.random_state import random_state, set_random_state
@@ -160,7 +161,7 @@ def in_parts(wanted: str, model: nn.Module, device: torch.device, ranks: Ranks) 
         wanted: "ddp", "fsdp", or "auto": parts where the state of training takes more than half of the memory
             that a rank has.
         model: with ``requires_grad`` set.
-        device: its memory counts; on a CPU the machine's, shared by its ranks.
+        device: its memory counts; on a CPU the machine's or the container's, shared by its ranks.
         ranks: those of a machine are told by LOCAL_WORLD_SIZE.
     """
     if wanted != "auto":
@@ -170,7 +171,7 @@ def in_parts(wanted: str, model: nn.Module, device: torch.device, ranks: Ranks) 
         memory = float(torch.cuda.get_device_properties(device).total_memory)
     else:
         here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world_size))
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here
+        memory = usable_memory() / here
     return size * BYTES_A_WEIGHT > memory / 2
 
 

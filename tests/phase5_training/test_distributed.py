@@ -75,7 +75,7 @@ def two(ranks_folder, four):
     names += ["tasks", "noisy", "best", "rest_in_the_other_mode", "rest_of_damaged", "failed_save", "command"]
     dying = ["ddp.killed", "fsdp.three_lives"]
     parts = ["equal", "muon", "tokens", "micro", "bf16", "stopped", "short", "floats", "nonfinite", "tasks"]
-    parts += ["best", "rest", "rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
+    parts += ["ahead", "best", "rest", "rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
     own = [*(f"ddp.{n}" for n in names), *(f"fsdp.{n}" for n in parts), *dying]
     return run_jobs(ranks_folder, 2, *own, restarts=3)
 
@@ -123,6 +123,13 @@ def test_the_bytes_of_a_step_are_those_of_codes_and_of_all_gradients(two):
     assert two[0]["fsdp.floats"]["losses"] == pytest.approx(two[0]["fsdp.short"]["losses"], rel=SAME)
     # Muon's updates of the two ternary matrices travel in float32.
     assert two[0]["fsdp.muon"]["bytes"][0] == two[0]["fsdp.equal"]["bytes"][0] + 4 * CODED // 2
+
+
+def test_blocks_are_gathered_while_those_before_them_compute(two):
+    """Embedding and head first. Codes stay from forward to backward, and all are asked for at once."""
+    found = two[0]["fsdp.ahead"]
+    assert found["codes"] == ["gather"] * 4 + ["block"] * 3
+    assert found["floats"] == ["gather"] * 3 + ["block", "gather", "block", "block"]
 
 
 def test_the_same_ranks_give_the_same_bits_again(two):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from phase4_bitnet.decoder_blocks import Block
 from phase5_training import checkpoint, cli, create_training_pipeline, report, sharded, shared_checkpoints
 from phase5_training.checkpoint import CheckpointStore
 from phase5_training.distributed import join
@@ -158,6 +159,39 @@ def floats(folder: Path, mode: str) -> dict:
         return figures(pipeline(folder, mode, max_steps=SHORT))
     finally:
         sharded._mark_latents = mark
+
+
+def ahead(folder: Path, mode: str) -> dict:
+    """What a forward gathers, and the ends of its blocks, in their order: with codes, and with floats."""
+    order: list[str] = []
+
+    class Told(sharded._Gather):
+        def __call__(self, *arguments, **options):
+            order.append("gather")
+            return super().__call__(*arguments, **options)
+
+    gather, mark = sharded._Gather, sharded._mark_latents
+    ends = nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, outputs: order.append("block") if isinstance(module, Block) else None
+    )
+    found = {}
+    sharded._Gather = Told
+    try:
+        for name in ("codes", "floats"):
+            sharded._mark_latents = mark if name == "codes" else lambda model, parts: None
+            three = {"dim": 16, "layers": 3, "heads": 2}
+            made = pipeline(folder / name, mode, "tokens", max_steps=2, model_options=three)
+
+            def told(step, metrics, name=name):
+                found[name] = order[:7]
+                order.clear()
+
+            made.register_callback("step_end", told)
+            made.run()
+    finally:
+        sharded._Gather, sharded._mark_latents = gather, mark
+        ends.remove()
+    return found
 
 
 def stopped(folder: Path, mode: str) -> dict:

@@ -294,7 +294,7 @@ class ForgeDataLoader:
             "tokenizer": spec.tokenizer,
             "num_workers": self.config.num_workers,
             "seed": self.config.seed,
-            "cache_size": self.config.cache_size if self._prepared._cache is not None else 0,
+            "cache_size": self._prepared.cached_samples,
             "cache_hit_rate": self._hits / self._lookups if self._lookups else None,
             "shuffle_window": self._order.window,
             "source": source.describe(),

@@ -161,6 +161,11 @@ class Prepared:
         """Whether batches may be made before their time: not where a Dataset draws random numbers."""
         return not isinstance(self.source, DatasetSource)
 
+    @property
+    def cached_samples(self) -> int:
+        """How many samples the cache holds at most; 0 without one."""
+        return 0 if self._cache is None else self.config.cache_size
+
     def counters(self) -> tuple[int, int]:
         """Cache hits and look-ups so far, in this process."""
         return (0, 0) if self._cache is None else (self._cache.hits, self._cache.lookups)

@@ -14,19 +14,20 @@ import numpy as np
 
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.formats.arrow_bodies import MAGIC, check_bodies
-from phase5_training.pipeline.formats.columns import Columns, Ragged, Values, concat, take_target, take_values
+from phase5_training.pipeline.formats.columns import (
+    Columns,
+    Ragged,
+    Values,
+    concat,
+    gather_parts,
+    take_target,
+    take_values,
+)
 from phase5_training.pipeline.formats.forward import open_forward
+from phase5_training.pipeline.formats.limits import check_inflation, check_memory
 from phase5_training.pipeline.formats.objects import QUALITY_KEYS
 from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key, narrow
-from phase5_training.pipeline.formats.source import (
-    CHUNK_ROWS,
-    Access,
-    ArraySource,
-    ReadOptions,
-    Source,
-    check_inflation,
-    check_memory,
-)
+from phase5_training.pipeline.formats.source import CHUNK_ROWS, Access, ArraySource, ReadOptions, Source
 
 KEPT_BLOCKS = 4  # row groups held decoded
 
@@ -196,14 +197,11 @@ class TableBlocks:
 
     def gather(self, indices: np.ndarray) -> Columns:
         """See `Source.gather`."""
-        owner = np.searchsorted(self._starts, indices, side="right") - 1
-        parts, places = [], []
-        for number in np.unique(owner).tolist():
-            rows = np.flatnonzero(owner == number)
-            block = self._block(number)
-            parts.append(block.take(np.searchsorted(block.index, indices[rows])))
-            places.append(rows)
-        return concat(parts).take(np.argsort(np.concatenate(places)))
+        return gather_parts(self._starts, indices, self._gather_of)
+
+    def _gather_of(self, number: int, indices: np.ndarray) -> Columns:
+        block = self._block(number)
+        return block.take(np.searchsorted(block.index, indices))
 
     def blocks(self) -> np.ndarray:
         """See `Blocked`."""

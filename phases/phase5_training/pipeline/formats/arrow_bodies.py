@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.formats.source import check_inflation
+from phase5_training.pipeline.formats.limits import check_inflation
 
 MAGIC = b"ARROW1"
 _DICTIONARY, _RECORDS = 2, 3  # kinds of messages that have a body

@@ -16,16 +16,15 @@ import orjson
 import safetensors
 
 from phase5_training.errors import DataError, first_line
-from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
-from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
-from phase5_training.pipeline.formats.source import (
-    ArraySource,
-    ReadOptions,
+from phase5_training.pipeline.formats.limits import (
     check_companion,
     check_inflation,
     check_memory,
     check_width,
 )
+from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
+from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
+from phase5_training.pipeline.formats.source import ArraySource, ReadOptions
 from phase5_training.pipeline.formats.text import TokenBlocks
 
 _MAX_SIDECAR = 1 << 16  # bytes

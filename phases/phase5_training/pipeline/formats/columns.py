@@ -7,7 +7,7 @@ gathered column by column, never record by record.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -174,6 +174,26 @@ def concat(chunks: Sequence[Columns]) -> Columns:
         np.concatenate(quality) if has_quality else None,
         {position: reason for c in chunks for position, reason in c.bad.items()},
     )
+
+
+def gather_parts(
+    starts: np.ndarray, indices: np.ndarray, gather: Callable[[int, np.ndarray], Columns]
+) -> Columns:
+    """Records of a source that lies in parts, one call for each part that is touched.
+
+    Args:
+        starts: (parts + 1,) int64, ascending: position of the first record of each part, then of the end.
+        indices: (n,) positions, in any order.
+        gather: given the number of a part and positions in it, counted as in ``indices``, those records.
+
+    Returns:
+        The records in the order of ``indices``.
+    """
+    owner = np.searchsorted(starts, indices, side="right") - 1
+    touched = np.unique(owner).tolist()
+    places = [np.flatnonzero(owner == number) for number in touched]
+    parts = [gather(number, indices[rows]) for number, rows in zip(touched, places, strict=True)]
+    return parts[0] if len(parts) == 1 else concat(parts).take(np.argsort(np.concatenate(places)))
 
 
 def as_ragged(values: Values) -> Ragged:

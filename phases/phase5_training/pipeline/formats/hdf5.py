@@ -18,22 +18,15 @@ import numpy as np
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, Targets, Values
 from phase5_training.pipeline.formats.hdf5_chunks import check_chunks, check_filters, damage_told
+from phase5_training.pipeline.formats.limits import INFLATED_FLOOR, check_width
 from phase5_training.pipeline.formats.objects import QUALITY_KEYS, source_from_arrays
 from phase5_training.pipeline.formats.record_columns import INPUT_KEYS, TARGET_KEYS, choose_key
-from phase5_training.pipeline.formats.source import (
-    CHUNK_BYTES,
-    INFLATED_FLOOR,
-    Access,
-    ReadOptions,
-    Source,
-    check_width,
-)
+from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Source
 
 _MAX_LINKS = 8
 BLOCK_BYTES = 1 << 20  # read at a time where the file has no chunks
-TEXT_SHARE = (
-    16  # bytes of text for each byte of the file: rows may share one text, and no common writer does so
-)
+# Bytes of text for each byte of the file: rows may share one text, and no common writer does so.
+TEXT_SHARE = 16
 MAX_SHOWN = 200  # characters of an attribute
 
 

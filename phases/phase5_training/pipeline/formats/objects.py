@@ -9,6 +9,7 @@ import numpy as np
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Targets, Values
+from phase5_training.pipeline.formats.limits import check_width
 from phase5_training.pipeline.formats.record_columns import (
     INPUT_KEYS,
     TARGET_KEYS,
@@ -17,7 +18,7 @@ from phase5_training.pipeline.formats.record_columns import (
     narrow,
     to_values,
 )
-from phase5_training.pipeline.formats.source import Access, ArraySource, check_width
+from phase5_training.pipeline.formats.source import Access, ArraySource
 
 QUALITY_KEYS = ("quality", "qualities")
 

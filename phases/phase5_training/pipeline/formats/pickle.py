@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from phase5_training.errors import DataError, first_line
+from phase5_training.pipeline.formats.limits import check_memory
 from phase5_training.pipeline.formats.objects import source_from_object
 from phase5_training.pipeline.formats.pickle_opcodes import check_contents, check_opcodes
-from phase5_training.pipeline.formats.source import ArraySource, ReadOptions, check_memory
+from phase5_training.pipeline.formats.source import ArraySource, ReadOptions
 
 
 class ForbiddenGlobal(pickle.UnpicklingError):

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,6 +21,7 @@ from phase5_training.pipeline.formats.columns import (
     Targets,
     Values,
     concat,
+    gather_parts,
     take_target,
     take_values,
 )
@@ -130,48 +130,6 @@ def is_forward_only(source: Source) -> bool:
 def blocks_of(source: Source) -> np.ndarray | None:
     """Where the blocks of a source begin, if it is read in blocks."""
     return source.blocks() if isinstance(source, Blocked) else None
-
-
-def physical_memory() -> int:
-    """Bytes of memory this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def check_memory(path: str | Path, size: int, what: str) -> None:
-    """Refuse to hold ``size`` bytes when that is more than half of the machine's memory."""
-    limit = physical_memory() // 2
-    if size > limit:
-        raise DataError(
-            f"{path}: {what} takes {size / 1e9:.1f} GB, more than half of this machine's memory "
-            f"({limit / 1e9:.1f} GB); write it as .npy, .h5 or .jsonl, which can be read in place"
-        )
-
-
-INFLATED_FLOOR = 64 << 20  # bytes below which any compression ratio will do
-MAX_RATIO = 100  # bytes in memory for each in the file; data seldom shrink so far, files of zeros do
-
-
-def check_inflation(where: str, stored: int, size: int) -> None:
-    """Refuse what grows out of proportion when it is decompressed from ``stored`` to ``size`` bytes."""
-    if size > max(INFLATED_FLOOR, MAX_RATIO * stored):
-        raise DataError(
-            f"{where} inflates from {stored / 1e6:.3g} MB to {size / 1e6:.0f} MB, over {MAX_RATIO} times "
-            "as much; write it uncompressed"
-        )
-
-
-def check_companion(path: Path, beside: Path) -> None:
-    """Refuse a file read along with another (targets, a sidecar) that is a link to somewhere else."""
-    if beside.resolve().parent != path.resolve().parent:
-        raise DataError(f"{beside}: a link that leads out of the data folder; copy the file in")
-
-
-def check_width(where: str, shape: Sequence[int], dtype: np.dtype) -> None:
-    """Refuse rows that hold nothing: a file of no bytes can declare any number of them."""
-    if not dtype.itemsize:
-        raise DataError(f"{where} has elements of no bytes ({dtype}); wanted numbers or text")
-    if 0 in shape[1:]:
-        raise DataError(f"{where} has shape {tuple(shape)}: its records are empty; wanted numbers in each")
 
 
 class ArraySource:
@@ -311,16 +269,11 @@ class ShardedSource:
 
     def gather(self, indices: np.ndarray) -> Columns:
         """See `Source.gather`."""
-        owner = np.searchsorted(self._starts, indices, side="right") - 1
-        parts, places = [], []
-        for shard in np.unique(owner):
-            rows = np.flatnonzero(owner == shard)
-            part = self._shards[shard].gather(np.asarray(indices[rows] - self._starts[shard]))
-            parts.append(self._shift(part, int(self._starts[shard])))
-            places.append(rows)
-        if len(parts) == 1:
-            return parts[0]
-        return concat(parts).take(np.argsort(np.concatenate(places)))
+        return gather_parts(self._starts, indices, self._gather_of)
+
+    def _gather_of(self, number: int, indices: np.ndarray) -> Columns:
+        start = int(self._starts[number])
+        return self._shift(self._shards[number].gather(indices - start), start)
 
     def iterate(self) -> Iterator[Columns]:
         """See `Source.iterate`."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from phase5_training.errors import DataError, UsageError
 from phase5_training.pipeline.formats.columns import Columns, Ragged
+from phase5_training.pipeline.formats.limits import check_memory
 from phase5_training.pipeline.formats.mapped_pages import TouchedPages
-from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Tokenizer, check_memory
+from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Tokenizer
 
 
 class ByteTokenizer:
