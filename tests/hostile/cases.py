@@ -315,6 +315,11 @@ PICKLE = [
     ),
     Case("pickle of keys that collide", raw(colliding_keys, "a.pkl"), "integers beyond 64 bits"),
     Case("pickle of keys that collide in a .pt", colliding_torch, "integers beyond 64 bits"),
+    Case(
+        "pickle of qualities in words",
+        pickled(lambda f: {"inputs": X, "targets": Y, "quality": ["good"] * 4}),
+        "quality holds no plain numbers",
+    ),
     Case("pickle of a list in itself", pickled(lambda f: itself()), "holds itself"),
     Case("pickle nested 300,000 deep", raw(deep(300_000), "a.pkl"), "nested deeper"),
     Case("pickle cut short", raw(pickle.dumps({"inputs": X, "targets": Y})[:-40], "a.pkl"), "a.pkl: cannot"),
@@ -359,6 +364,14 @@ def linked(where: str, target: str) -> Callable[[Path], Path]:
         if where != "dataset":
             file["dataset/targets"] = Y
         file[where] = h5py.ExternalLink(outside_hdf5(folder), target)
+
+    return hdf5(make)
+
+
+def quality_hdf5(values: Any) -> Callable[[Path], Path]:
+    def make(file: h5py.File, folder: Path) -> None:
+        file["dataset/inputs"], file["dataset/targets"] = X, Y
+        file["dataset/quality"] = values
 
     return hdf5(make)
 
@@ -537,6 +550,8 @@ HDF5 = [
     Case("hdf5 of one text in all rows", lambda f: one_text_in_all_rows(f, "inputs"), "share it"),
     Case("hdf5 of one target in all rows", lambda f: one_text_in_all_rows(f, "targets"), "share it"),
     Case("hdf5 of one text in an attribute", one_text_in_an_attribute, "record 0 has .*NaN|not finite"),
+    Case("hdf5 of qualities in words", quality_hdf5(["good"] * 4), "quality holds"),
+    Case("hdf5 of two qualities a record", quality_hdf5(np.ones((4, 2))), "quality holds"),
     Case("hdf5 cut short", cut_hdf5, "cannot be opened as HDF5"),
     Case("hdf5 that is none", raw(b"\x89HDF\r\n\x1a\n" + b"\xff" * 500, "a.h5"), "cannot be opened as HDF5"),
 ]
@@ -652,6 +667,11 @@ ARRAYS = [
         "Python objects",
     ),
     Case("npz packed with LZMA", npz({"inputs.npy": saved(X)}, zipfile.ZIP_LZMA), "method"),
+    Case(
+        "npz of 30,000 members",
+        npz({f"m{i}.npy": b"" for i in range(30_000)}),
+        "wanted an array named 'inputs'",
+    ),
     Case("npz declares 40 GB", npz({"inputs.npy": npy((10**10,))}), "declares shape"),
     Case(
         "safetensors header of 8 EB",
@@ -1017,6 +1037,23 @@ def stream(made: Any, path: Path) -> None:
         file.write_table(made)
 
 
+def arrow_of_nothing(rows: int, made: str) -> Callable[[Path], Path]:
+    """A column without a buffer, of any number of rows."""
+
+    def write(folder: Path) -> Path:
+        import pyarrow as pa
+
+        if made == "nulls":
+            column = pa.nulls(rows)
+        else:
+            nothing = pa.array([], pa.float32())
+            column = pa.Array.from_buffers(pa.list_(pa.float32(), 0), rows, [None], children=[nothing])
+        (stream if made == "stream" else arrow)(pa.table({"input": column}), folder / "a.arrow")
+        return folder / "a.arrow"
+
+    return write
+
+
 def arrow_bomb(opened: str) -> Callable[[Path], Path]:
     """20 kB of zeros, packed with zstd, that become 512 MB."""
 
@@ -1100,6 +1137,9 @@ TABLES = [
     Case("arrow that is none", raw(b"ARROW1\0\0" + b"\xff" * 200, "a.arrow"), "cannot be read"),
     Case("arrow packed zeros", arrow_bomb("new_file"), "inflates"),
     Case("arrow stream of packed zeros", arrow_bomb("new_stream"), "inflates"),
+    Case("arrow of a billion nulls", arrow_of_nothing(10**9, "nulls"), "inflates"),
+    Case("arrow of a billion empty lists", arrow_of_nothing(10**9, "lists"), "inflates"),
+    Case("arrow stream of a billion empty lists", arrow_of_nothing(10**9, "stream"), "inflates"),
     Case("arrow stream cut short", cut_short(table(stream, "a.arrow"), 300), "cannot be read"),
     Case("arrow of one text 20,000 times", repeated(arrow, "a.arrow"), "inflates"),
     Case("parquet of one text 20,000 times", repeated(parquet, "a.parquet"), "inflates"),

@@ -16,6 +16,7 @@ from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.limits import check_inflation
 
 MAGIC = b"ARROW1"
+VALUE_BYTES = 8  # that a value takes once it is read; the least it takes in a buffer is one bit
 _DICTIONARY, _RECORDS = 2, 3  # kinds of messages that have a body
 
 
@@ -34,8 +35,10 @@ def check_bodies(path: Path, ipc: Any, lib: Any, *, is_file: bool) -> None:
     try:
         with lib.memory_map(str(path)) as mapped:
             for message in _messages(mapped, ipc, size) if is_file else ipc.MessageReader.open_stream(mapped):
-                unpacked = _unpacked(bytes(message.metadata), message.body)
+                unpacked, values = _unpacked(bytes(message.metadata), message.body)
                 check_inflation(f"{path}: a record batch", size, unpacked)
+                # Columns of nothing, and lists of no elements, have any number of rows and no buffers.
+                check_inflation(f"{path}: a record batch", unpacked, VALUE_BYTES * values)
     except (struct.error, EOFError) as error:
         raise DataError(f"{path}: cannot be read (its metadata are damaged)") from error
 
@@ -55,24 +58,26 @@ def _messages(mapped: Any, ipc: Any, size: int) -> Iterator[Any]:
             yield ipc.read_message(mapped)
 
 
-def _unpacked(metadata: bytes, body: Any) -> int:
-    """Bytes of the buffers of a message once they are unpacked."""
+def _unpacked(metadata: bytes, body: Any) -> tuple[int, int]:
+    """Bytes of the buffers of a message once they are unpacked, and the values of its columns."""
     root = _root(metadata)
     kind = _field(metadata, root, 1)
     kind = metadata[kind] if kind else 0
     if kind not in (_DICTIONARY, _RECORDS) or body is None:
-        return 0
+        return 0, 0
     batch = _follow(metadata, _field(metadata, root, 2))
     if kind == _DICTIONARY:
         batch = _follow(metadata, _field(metadata, batch, 1))
+    # A column, and the elements of each list, is a node that begins with its length.
+    values = sum(struct.unpack_from("<q", metadata, at)[0] for at in _vector(metadata, batch, 1, 16))
     if not _field(metadata, batch, 3):  # no compression
-        return len(body)
+        return len(body), values
     total = 0
     for at in _vector(metadata, batch, 2, 16):
         offset, length = struct.unpack_from("<qq", metadata, at)
         # A compressed buffer begins with the size it unpacks to; -1 says that it is stored as it is.
         total += max(struct.unpack_from("<q", body, offset)[0], length) if length else 0
-    return total
+    return total, values
 
 
 # -- flatbuffers: a table points back to its vtable, which says where its fields are ------------------------

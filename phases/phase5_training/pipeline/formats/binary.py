@@ -122,9 +122,9 @@ def open_npz(path: Path, options: ReadOptions) -> ArraySource:
                     "write them as .npy or .h5"
                 )
             check_memory(path, size, "loading the archive")
-            arrays = {}
+            arrays, keys = {}, _keys(members)
             for name, info in members.items():
-                if not _wanted(name, members):
+                if not _wanted(name, keys):
                     continue
                 with archive.open(info) as file:
                     shape, fortran, dtype = _npy_header(file, f"{path} [{name}]")
@@ -152,12 +152,16 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo], size: int) -> Non
     check_inflation(str(path), path.stat().st_size, size)
 
 
-def _wanted(name: str, names: Any) -> bool:
+def _keys(names: Any) -> list[str | None] | None:
+    """The names that are columns by themselves; None where two are one column, which is told later."""
     try:
-        keys = [choose_key(list(names), known) for known in (INPUT_KEYS, TARGET_KEYS, QUALITY_KEYS)]
+        return [choose_key(list(names), known) for known in (INPUT_KEYS, TARGET_KEYS, QUALITY_KEYS)]
     except ValueError:
-        return True  # two names for one column: reported where the columns are chosen
-    return name in keys or name.startswith(("targets.", "targets/"))
+        return None
+
+
+def _wanted(name: str, keys: list[str | None] | None) -> bool:
+    return keys is None or name in keys or name.startswith(("targets.", "targets/"))
 
 
 def open_safetensors(path: Path, options: ReadOptions) -> ArraySource:
@@ -181,8 +185,9 @@ def open_safetensors(path: Path, options: ReadOptions) -> ArraySource:
     header.pop("__metadata__", None)
     arrays = {}
     total = sum(entry["data_offsets"][1] - entry["data_offsets"][0] for entry in header.values())
+    keys = _keys(header)
     for name, entry in header.items():
-        if not _wanted(name, header):
+        if not _wanted(name, keys):
             continue
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
             raise DataError(f"{path} [{name}]: dtype {entry['dtype']} is unsupported; save float32 or int64")

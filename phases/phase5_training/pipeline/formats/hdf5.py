@@ -193,6 +193,11 @@ class Hdf5Source:
         text = h5py.check_string_dtype(data.dtype)
         if text is None and data.dtype.kind not in "biuf":
             raise DataError(f"{self.path}: {where} holds {data.dtype}; wanted numbers or strings")
+        if name == "quality" and (text is not None or data.ndim > 1):
+            raise DataError(
+                f"{self.path}: {where} holds {'text' if text else f'shape {data.shape}'}; wanted one number "
+                "for each record"
+            )
         if _is_text(data) and data.ndim > 1:
             raise DataError(f"{self.path}: {where} has shape {data.shape}; wanted one text for each record")
         if data.chunks:

@@ -160,7 +160,8 @@ def load(path: Path, kind: str, with_rows: bool) -> RecordIndex | None:
 
 
 def _load(place: Path, key: dict[str, Any], check: bool = True) -> tuple[RecordIndex, bool] | None:
-    with place.open("rb") as file:
+    # A pipe of that name may have come with the data: opened the plain way it waits for a writer for ever.
+    with open(place, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
         size = os.fstat(file.fileno()).st_size
         end = len(MAGIC) + 8
         if size < len(MAGIC) + end or file.read(len(MAGIC)) != MAGIC:

@@ -91,7 +91,10 @@ def source_from_arrays(
         target = _column(arrays[target_key], target_key, path)
     quality = None
     if quality_key is not None:
-        quality = np.asarray(_column(arrays[quality_key], quality_key, path), np.float64)
+        found = _column(arrays[quality_key], quality_key, path)
+        if not isinstance(found, np.ndarray):
+            raise DataError(f"{path}: {quality_key} holds no plain numbers; wanted one number per record")
+        quality = found.astype(np.float64)
         if quality.ndim != 1:
             raise DataError(f"{path}: {quality_key} has shape {quality.shape}; wanted one number per record")
     inputs = _column(arrays[input_key], input_key, path)
@@ -102,7 +105,8 @@ def source_from_arrays(
 
 def _column(value: Any, name: str, path: str) -> Values:
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
+        # A view may say that its numbers are to be negated when they are read; numpy knows no such thing.
+        value = value.detach().cpu().resolve_conj().resolve_neg()
         value = (value.float() if value.dtype.is_floating_point else value).numpy()
     if isinstance(value, (list, tuple)):
         values, bad = to_values(list(value), all_bad=False)

@@ -4,6 +4,7 @@ import gc
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -325,6 +326,20 @@ def test_an_index_that_came_with_its_file_names_no_place_elsewhere(tmp_path, spa
     side.write_bytes(bytes(changed) + text + len(text).to_bytes(8, "little") + index_file.MAGIC)
     with pytest.raises(DataError, match=r"a.jsonl: .*forge-index .*; delete"):
         open_source(path, BIG).gather(np.array([7]))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_in_the_place_of_the_index_is_not_waited_for(tmp_path):
+    path = write(tmp_path / "a.jsonl")
+    os.mkfifo(places(path)[0])
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for a writer"))
+    signal.alarm(20)
+    try:
+        assert len(contents(open_source(path, BIG))) > 100
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert places(path)[0].is_file()  # what was made takes its place
 
 
 def test_a_file_is_closed_with_its_source(tmp_path):

@@ -247,3 +247,10 @@ def test_a_model_in_a_torch_file_is_named(tmp_path):
         DataError, match=r"a\.pt: the pickle asks for torch\.nn.*Linear, which is not data; .*save"
     ):
         open_source(tmp_path / "a.pt")
+
+
+def test_a_tensor_that_is_negated_when_it_is_read(tmp_path):
+    values = torch.randn(4, 3, dtype=torch.complex64).conj()
+    torch.save({"inputs": values.imag, "targets": torch.arange(4)}, tmp_path / "a.pt")
+    found = open_source(tmp_path / "a.pt").gather(np.arange(4)).input
+    np.testing.assert_array_equal(found, values.resolve_conj().imag.resolve_neg().numpy())
