@@ -198,11 +198,14 @@ class JsonRecords(IndexedSource):
                 self._seek(np.arange(min(index.count, FIRST)))
 
     def _walk_again(self, index: RecordIndex) -> Iterator[Columns]:
-        start = 0
+        start = end = 0
         while start < index.count:
             near = index.spans(np.arange(start, min(start + CHUNK_ROWS, index.count)))
+            if near[0, 0] < end:
+                raise self._overlap()
             fitting = int(np.searchsorted(near[:, 1], near[0, 0] + READ_BYTES, side="right"))
             stop = start + max(fitting, 1)
+            end = int(near[stop - start - 1, 1])
             columns = self._seek(np.arange(start, stop))
             columns.bad |= index.bad_between(start, stop)
             yield columns
@@ -241,6 +244,10 @@ class JsonRecords(IndexedSource):
             if writer is not None:
                 writer.close()
 
+    def _overlap(self) -> DataError:
+        assert self._index is not None
+        return DataError(f"{self.path}: {self._index.path} names records that overlap; delete it")
+
     def _seek(self, indices: np.ndarray) -> Columns:
         # Neighbors are read from the file at once.
         assert self._index is not None
@@ -251,7 +258,11 @@ class JsonRecords(IndexedSource):
         if len(spans) and spans[:, 1].max() > self.path.stat().st_size:
             raise DataError(f"{self.path}: shorter than its index {self._index.path} says; delete that one")
         order = np.argsort(spans[:, 0], kind="stable")
-        starts, stops = spans[order, 0], np.maximum.accumulate(spans[order, 1])
+        starts, stops = spans[order, 0], spans[order, 1]
+        # Records that share their text cost more than the file holds; asked for twice, one is cheap.
+        if ((starts[1:] < stops[:-1]) & (np.diff(indices[order]) != 0)).any():
+            raise self._overlap()
+        stops = np.maximum.accumulate(stops)
         cuts = np.flatnonzero(starts[1:] - stops[:-1] > MAX_GAP) + 1
         pieces, at, file = [], 0, self._descriptor()
         shift = np.empty(len(order), np.int64)

@@ -15,6 +15,7 @@ import pytest
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats import index_file, open_source
+from phase5_training.pipeline.formats import json as json_reader
 from phase5_training.pipeline.formats.columns import as_rows
 from phase5_training.pipeline.formats.index_file import places
 from phase5_training.pipeline.formats.json import JsonRecords
@@ -309,23 +310,44 @@ def test_links_and_folders_of_shards(tmp_path):
     assert isinstance(again._shards[0], JsonRecords)
 
 
-@pytest.mark.parametrize("span", [(0, 1 << 60), (-5, 10), (10, 5), (1 << 62, (1 << 62) + 5)])
-def test_an_index_that_came_with_its_file_names_no_place_elsewhere(tmp_path, span):
-    path = write(tmp_path / "a.jsonl", "ragged")
-    contents(open_source(path, BIG))
+def forge(path, change):
+    """Give the side file of a data file other places of its records, with the right checksum."""
     side = places(path)[0]
     raw = side.read_bytes()
     end = len(index_file.MAGIC) + 8
     length = int.from_bytes(raw[-end : 8 - end], "little")
     footer = json.loads(raw[-end - length : -end])
-    at = footer["sections"]["spans"]["offset"] + 16 * 7
-    changed = bytearray(raw[: -end - length])
-    changed[at : at + 16] = np.array(span, np.int64).tobytes()
-    footer["sections"]["spans"]["crc32"] = zlib.crc32(changed[at - 16 * 7 :])
+    at = footer["sections"]["spans"]["offset"]
+    spans = np.frombuffer(raw[at : -end - length], np.int64).reshape(-1, 2).copy()
+    change(spans)
+    footer["sections"]["spans"]["crc32"] = zlib.crc32(spans.tobytes())
     text = json.dumps(footer).encode()
-    side.write_bytes(bytes(changed) + text + len(text).to_bytes(8, "little") + index_file.MAGIC)
+    side.write_bytes(raw[:at] + spans.tobytes() + text + len(text).to_bytes(8, "little") + index_file.MAGIC)
+
+
+@pytest.mark.parametrize("span", [(0, 1 << 60), (-5, 10), (10, 5), (1 << 62, (1 << 62) + 5)])
+def test_an_index_that_came_with_its_file_names_no_place_elsewhere(tmp_path, span):
+    path = write(tmp_path / "a.jsonl", "ragged")
+    contents(open_source(path, BIG))
+    forge(path, lambda spans: spans.__setitem__(7, span))
     with pytest.raises(DataError, match=r"a.jsonl: .*forge-index .*; delete"):
         open_source(path, BIG).gather(np.array([7]))
+
+
+def test_an_index_whose_records_share_their_text_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", "ragged")
+    source = open_source(path, BIG)
+    contents(source)
+    assert source.gather(np.array([7, 7, 3])).index.tolist() == [7, 7, 3]
+    forge(path, lambda spans: spans.__setitem__(slice(None), spans[7]))
+    with pytest.raises(DataError, match="overlap; delete it"):
+        open_source(path, BIG)
+    forge(path, lambda spans: spans.__setitem__(slice(None), spans[7]))
+    # Nor where each is sought by itself.
+    monkeypatch.setattr(json_reader, "FIRST", 1)
+    monkeypatch.setattr(json_reader, "READ_BYTES", 1)
+    with pytest.raises(DataError, match="overlap; delete it"):
+        list(open_source(path, BIG).iterate())
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
