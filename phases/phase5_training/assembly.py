@@ -19,6 +19,7 @@ from phase5_training.distributed import Ranks
 from phase5_training.errors import UsageError
 from phase5_training.loop_config import LoopConfig
 from phase5_training.loss_registry import Loss, build_loss, infer_loss_name, infer_task_losses
+from phase5_training.models import READS
 from phase5_training.modes import eval_mode
 from phase5_training.muon import NS_STEPS, iteration_flops
 from phase5_training.optimizers import AVERAGES, build_optimizer, check_optimizer_name
@@ -56,6 +57,7 @@ def data_config(config: TrainingConfig, *, split: bool, ranks: Ranks | None = No
         max_dropped_share=config.max_dropped_share,
         num_classes=config.num_classes,
         input_kind=config.input_kind,
+        reads=READS.get(config.model),
         pad_id=config.pad_id,
         pack_text=config.pack_text,
         bucket_by_length=config.bucket_by_length,

@@ -10,7 +10,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from phase5_training.errors import ForgeError, OtherRankFailed, UsageError, nearest_match
+from phase5_training.errors import (
+    ForgeError,
+    OtherRankFailed,
+    UsageError,
+    in_one_line,
+    nearest_match,
+    printable,
+)
 from phase5_training.flags import Parser, add_config_flags, config_values
 from phase5_training.signals import Interrupted, Terminated
 
@@ -114,11 +121,11 @@ def _call(words: Sequence[str]) -> int:
 def _warn(message: Warning | str, *rest: Any, **more: Any) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
-    print(f"forge: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"forge: warning: {in_one_line(str(message))}", file=sys.stderr)
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return in_one_line(str(error)) or type(error).__name__
 
 
 def _demo(words: Sequence[str]) -> int:
@@ -394,10 +401,9 @@ _SHOWN = (
 
 
 def _figures(values: dict[str, Any]) -> str:
+    shown = {printable(key): value for key, value in values.items() if value is not None}
     return "  ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in values.items()
-        if value is not None
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
     )
 
 

@@ -6,7 +6,30 @@ Every message is one line: what was found, where, what was wanted, and the remed
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+
+def printable(text: str) -> str:
+    r"""Text with escapes for all that a terminal would obey or not show.
+
+    Names, keys and labels come from data files: escape sequences could rewrite what was printed before,
+    and overrides of the writing direction could show another name than there is.
+
+    >>> printable("red \x1b[31m\nline \u202e")
+    'red \\x1b[31m\\nline \\u202e'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def in_one_line(text: str) -> str:
+    r"""Text as one line for a terminal: runs of white space become a space, see :func:`printable`.
+
+    >>> in_one_line("a\n  b\a")
+    'a b\\x07'
+    """
+    # str.split takes some control characters for white space.
+    return printable(re.sub(r"[ \t\r\n]+", " ", text).strip())
 
 
 class ForgeError(Exception):
@@ -21,7 +44,7 @@ class ForgeError(Exception):
     exit_code: int = 1
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        return in_one_line(super().__str__())
 
 
 class UsageError(ForgeError, ValueError):
@@ -63,7 +86,8 @@ def first_line(error: BaseException) -> str:
     >>> first_line(ValueError("a\nb")), first_line(MemoryError())
     ('a', 'MemoryError')
     """
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    lines = re.split(r"[\r\n]+", str(error).strip())
+    return printable(lines[0]) or type(error).__name__
 
 
 class OtherRankFailed(RunFailed):

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from phase5_training.errors import printable
+
 SHOWN_CLASSES = 20
 BAR = 30
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The report of :func:`phase5_training.inspection.inspect_data` in lines."""
-    return "\n".join(_lines(found))
+    """The report of :func:`phase5_training.inspection.inspect_data` in lines; what files bring is escaped."""
+    return "\n".join(printable(line) for line in _lines(found))
 
 
 def _lines(found: Mapping[str, Any]) -> Iterator[str]:
@@ -41,7 +43,7 @@ def _lines(found: Mapping[str, Any]) -> Iterator[str]:
     for reason, listed in found["reasons"].items():
         yield f"  {reason}: {listed['records']}"
         for example in listed["examples"]:
-            yield f"    {example['file']} record {example['index']} {_plain(example['detail'])}"
+            yield f"    {example['file']} record {example['index']} {example['detail']}"
 
 
 def _column(column: Mapping[str, Any]) -> str:
@@ -70,7 +72,7 @@ def _classes(classes: Mapping[str, int] | None) -> Iterator[str]:
         return
     total, most = sum(classes.values()), max(classes.values())
     for label, n in list(classes.items())[:SHOWN_CLASSES]:
-        yield f"  {_plain(label)[:40]:>12}  {n:>8}  {n / total:6.1%}  {'#' * round(BAR * n / most)}"
+        yield f"  {printable(label)[:40]:>12}  {n:>8}  {n / total:6.1%}  {'#' * round(BAR * n / most)}"
     if len(classes) > SHOWN_CLASSES:
         yield f"  and {len(classes) - SHOWN_CLASSES} classes more"
 
@@ -92,8 +94,3 @@ def _value(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in value) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _plain(text: str) -> str:
-    """Text of a data file without what a terminal would obey."""
-    return text if text.isprintable() else repr(text)[1:-1]

@@ -25,7 +25,10 @@ from phase5_training.errors import ForgeError, UsageError, nearest_match
 from phase5_training.loss_registry import Loss
 from phase5_training.modes import eval_mode
 from phase5_training.outputs import IGNORE_INDEX, unwrap_outputs
+from phase5_training.pipeline.formats.spec import InputKind, check_input_kind
 
+# What the inputs of a reference architecture are.
+READS: dict[str, InputKind] = {name: "features" if name == "mlp" else "tokens" for name in REGISTRY}
 # More classes than any real data set has: the labels are identifiers, not classes.
 MAX_CLASSES = 1_000_000
 
@@ -188,6 +191,7 @@ def _options_from_data(name: str, config: TrainingConfig, spec: Any) -> dict[str
         raise UsageError(
             "data with several targets need a model of your own that returns a dict of outputs; pass model="
         )
+    check_input_kind(READS[name], spec.input_kind, text=spec.tokenizer is not None)
     if name == "mlp":
         if outputs is None:
             raise UsageError(
@@ -196,10 +200,6 @@ def _options_from_data(name: str, config: TrainingConfig, spec: Any) -> dict[str
         if None in spec.input_shape:
             raise UsageError("the mlp needs inputs of one length and these vary; use model='decoder'")
         return {**options, "in_features": math.prod(spec.input_shape), "num_outputs": outputs}
-    if spec.input_kind != "tokens":
-        raise UsageError(
-            f"the decoder reads token ids and the inputs are {spec.input_dtype} features; use model='mlp'"
-        )
     fixed = spec.input_shape[0] if spec.input_shape else None
     longest = fixed or spec.max_length or config.max_length or 256
     kind = {"class": "num_classes", "float": "num_outputs"}.get(spec.target_kind)

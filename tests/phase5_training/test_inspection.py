@@ -155,3 +155,49 @@ def test_named_targets_and_long_rows(tmp_path):
     assert found["samples"][0]["target"] == {"a": 0, "b": 1.0}
     assert "no finite numbers" in as_text(found)
     assert found["problem"].endswith("all 4 records were dropped (nonfinite 4)")
+
+
+HOSTILE = "a\x1b[2J\u202egnp\a\nb"
+SHOWN = "a\\x1b[2J\\u202egnp\\x07\\nb"
+
+
+def test_nothing_that_a_terminal_obeys_is_printed(tmp_path, capsys):
+    name = f"{HOSTILE}.jsonl"
+    rows = [
+        {"input": HOSTILE, "targets": {HOSTILE: HOSTILE}},
+        {"input": "x", "targets": {HOSTILE: "y"}},
+        {"input": 1.0, "targets": {HOSTILE: "y"}},
+        {"input": "x", "targets": {f"{HOSTILE}2": "y"}},
+    ]
+    (tmp_path / name).write_text("\n".join(json.dumps(row) for row in rows))
+    assert main(["inspect-data", name]) == 0
+    out, err = capsys.readouterr()
+    assert not err
+    assert all(line.isprintable() for line in out.split("\n")), out
+    assert f"{SHOWN}.jsonl  " in out
+    assert f"  {SHOWN} " in out, "a class"
+    assert f"{SHOWN}: text" in out, "a target"
+    assert main(["inspect-data", name, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"][0]["path"] == name
+    assert HOSTILE in found["targets"][HOSTILE]["classes"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["inspect-data", HOSTILE],
+        ["inspect-data", "named.jsonl"],
+        ["train", "--train-data-path", "named.jsonl", "--model", HOSTILE],
+        ["resume", HOSTILE],
+        [HOSTILE],
+    ],
+)
+def test_nothing_that_a_terminal_obeys_is_in_an_error(words, tmp_path, capsys):
+    record = {"input": [1.5], "targets": {"a": 1, HOSTILE: "x"}}
+    other = {"input": [1.5], "targets": {HOSTILE: -1}}
+    (tmp_path / "named.jsonl").write_text(f"{json.dumps(record)}\n{json.dumps(other)}")
+    assert main(words) in (0, 2)
+    out, err = capsys.readouterr()
+    assert len((out + err).splitlines()) >= 1
+    assert all(line.isprintable() for line in (out + err).split("\n")), err

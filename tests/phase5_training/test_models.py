@@ -206,8 +206,10 @@ class TestFromData:
         ("name", "spec", "options", "message"),
         [
             ("mlp", FEATURES, {"hiden": 3}, "mlp has no option 'hiden'; did you mean 'hidden'?"),
-            ("decoder", FEATURES, {}, "the inputs are float32 features; use model='mlp'"),
-            ("mlp", TOKENS, {}, "these data want one per token; use decoder"),
+            ("decoder", FEATURES, {}, "reads token ids and the inputs are features; use model='mlp'"),
+            ("llama", FEATURES, {}, "reads token ids and the inputs are features; use model='mlp'"),
+            ("mlp", TOKENS, {}, "the mlp reads features and the inputs are text; use model='decoder'"),
+            ("mlp", replace(TOKENS, tokenizer=None), {}, "input_kind='features' where they are quantities"),
         ],
     )  # fmt: skip
     def test_what_does_not_go_together(self, name, spec, options, message):

@@ -112,7 +112,7 @@ PARAMETERS = {
 DATA = """
 batch_size num_workers cache_size streaming quality_threshold validation_split seed shuffle drop_last
 max_length tokenizer task invalid_records record_policies
-max_dropped_share num_classes input_kind pad_id shuffle_buffer memory_limit_mb timeout
+max_dropped_share num_classes input_kind reads pad_id shuffle_buffer memory_limit_mb timeout
 rank world_size
 pack_text bucket_by_length inputs_path targets_path cache_mb
 """

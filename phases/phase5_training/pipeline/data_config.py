@@ -43,6 +43,8 @@ class DataConfig:
         num_classes: labels beyond it are bad; None takes the classes that occur.
         input_kind: "tokens" or "features" where whole numbers could be either; "auto" takes lists of
             whole numbers for tokens.
+        reads: "tokens" or "features", what the model reads where that is known; data whose first records are
+            of the other kind are refused at once.
         pad_id: token with which to pad lists of token ids of different lengths; None refuses them.
         pack_text: join texts end to end and cut them into blocks of ``max_length`` tokens, for next-token
             training without padding.
@@ -78,6 +80,7 @@ class DataConfig:
     max_dropped_share: float = 0.2
     num_classes: int | None = None
     input_kind: Literal["auto", "features", "tokens"] = "auto"
+    reads: Literal["features", "tokens"] | None = None
     pad_id: int | None = None
     pack_text: bool = False
     bucket_by_length: bool = False

@@ -61,7 +61,7 @@ class Prepared:
             max_length=None if config.pack_text else config.max_length,
             keep_lengths=config.pack_text or config.bucket_by_length,
             record_policies=config.record_policies, max_dropped_share=config.max_dropped_share,
-            num_classes=config.num_classes,
+            num_classes=config.num_classes, reads=config.reads,
         )  # fmt: skip
         self.scan: Scan = scan(source, tokenizer, options, reference=spec, quarantine=quarantine)
         self.spec = self.scan.spec

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import glob
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,8 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
 
     Args:
         where: a file, a list of files, a folder (read with its subfolders, in name order) or a glob
-            pattern. Several files must be of one format.
+            pattern. Several files must be of one format. Folders and patterns give no file that is a link
+            to somewhere outside of them; one that is named by itself may be.
         options: how to read; the defaults load what fits in memory.
 
     Raises:
@@ -122,9 +123,9 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return _folder(path)
     if glob.has_magic(str(path)):
-        found = sorted(p for p in _matches(path) if p.is_file())
+        root, found = _matches(path)
         if found:
-            return [file for file in found if not _beside(file)]
+            return [_within(root, file) for file in found if not _beside(file)]
         raise DataError(f"{path}: no file matches this pattern")
     folder = path.parent
     if not folder.is_dir():
@@ -138,22 +139,30 @@ def _files(path: Path) -> list[Path]:
     raise DataError(f"{path}: no such file; {hint}")
 
 
-def _matches(pattern: Path) -> Iterator[Path]:
-    """Files of a pattern; Path.glob follows no links to folders, which may lead in circles."""
+def _matches(pattern: Path) -> tuple[Path, list[Path]]:
+    """The folder that a pattern begins in, and the files in it that match, in name order."""
     first = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
-    return Path(*pattern.parts[:first]).glob(str(Path(*pattern.parts[first:])))
+    root = Path(*pattern.parts[:first])
+    # Path.glob enters no link to a folder for **, which may lead in circles.
+    return root, sorted(p for p in root.glob(str(Path(*pattern.parts[first:]))) if p.is_file())
+
+
+def _within(root: Path, file: Path) -> Path:
+    """A file that was found and not named: it has to lie where it was looked for."""
+    if not file.resolve().is_relative_to(root.resolve()):
+        raise DataError(
+            f"{file}: a link that leads out of the data folder {root}; copy the file in, or name it by itself"
+        )
+    return file
 
 
 def _folder(folder: Path) -> list[Path]:
-    root = folder.resolve()
     files = []
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         if hidden or not file.is_file() or extension(file) not in EXTENSIONS or _beside(file):
             continue
-        if not file.resolve().is_relative_to(root):
-            raise DataError(f"{file}: a link that leads out of the data folder; copy the file in")
-        files.append(file)
+        files.append(_within(folder, file))
     if not files:
         raise DataError(f"{folder}: holds no data file; known extensions are {', '.join(EXTENSIONS)}")
     return files

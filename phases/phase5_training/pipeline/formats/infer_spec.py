@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.column_stats import ColumnStats
 from phase5_training.pipeline.formats.source import Source, Tokenizer
-from phase5_training.pipeline.formats.spec import MAX_VOCABULARY, DataSpec, TargetSpec
+from phase5_training.pipeline.formats.spec import (
+    MAX_VOCABULARY,
+    DataSpec,
+    InputChoice,
+    InputKind,
+    TargetSpec,
+)
 
 # More distinct labels than this, in more than half of the records, are free text.
 MAX_LABELS = 1000
@@ -34,21 +40,26 @@ def build_spec(seen: Seen, kept: int) -> DataSpec:
     return _Builder(seen).build(kept)
 
 
+def kind_of_input(column: ColumnStats, wanted: InputChoice) -> InputKind:
+    """Whether the inputs, as far as they were seen, are features or token ids."""
+    if column.kind == "text":
+        return "tokens"
+    if wanted != "auto":
+        return wanted
+    # Images and negative numbers cannot be token ids.
+    ids = column.kind == "int" and len(column.shape or ()) <= 1 and column.low >= 0
+    return "tokens" if ids else "features"
+
+
 class _Builder:
     def __init__(self, seen: Seen) -> None:
         self.seen, self.options, self.path = seen, seen.options, seen.source.paths[0]
 
-    def _input_kind(self) -> Literal["features", "tokens"]:
+    def _input_kind(self) -> InputKind:
         column, wanted = self.seen.input, self.options.input_kind
-        if column.kind == "text":
-            return "tokens"
         if wanted == "tokens" and column.kind == "float":
             raise DataError(f"{self.path}: input_kind='tokens', but the inputs are not whole numbers")
-        if wanted != "auto":
-            return wanted
-        # Images and negative numbers cannot be token ids.
-        ids = column.kind == "int" and len(column.shape or ()) <= 1 and column.low >= 0
-        return "tokens" if ids else "features"
+        return kind_of_input(column, wanted)
 
     def _target(self, name: str, column: ColumnStats, kept: int, tokens: bool) -> TargetSpec:
         task = self.options.task

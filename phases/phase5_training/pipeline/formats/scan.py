@@ -18,11 +18,18 @@ from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.column_stats import ColumnStats, Reason, every_row, is_text, label_text
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, as_rows
 from phase5_training.pipeline.formats.duplicates import Duplicates
-from phase5_training.pipeline.formats.infer_spec import build_spec
+from phase5_training.pipeline.formats.infer_spec import build_spec, kind_of_input
 from phase5_training.pipeline.formats.policies import CHECKS, Policy, policy_of
 from phase5_training.pipeline.formats.selection import Selection
 from phase5_training.pipeline.formats.source import Source, Tokenizer
-from phase5_training.pipeline.formats.spec import IGNORED_LABEL, MAX_CLASSES, DataSpec, InputChoice
+from phase5_training.pipeline.formats.spec import (
+    IGNORED_LABEL,
+    MAX_CLASSES,
+    DataSpec,
+    InputChoice,
+    InputKind,
+    check_input_kind,
+)
 
 MAX_DETAIL = 300  # characters of what is said about a record; a file may bring keys of any length
 
@@ -41,6 +48,7 @@ class ScanOptions:
     record_policies: Mapping[str, Policy] = field(default_factory=dict)
     max_dropped_share: float = 1.0
     num_classes: int | None = None
+    reads: InputKind | None = None
 
 
 @dataclass
@@ -151,8 +159,12 @@ class Scanner:
                 self._drop(int(chunk.index[row]), tag, sentence, quarantine)
             if bad:
                 chunk = chunk.take(np.setdiff1d(np.arange(len(chunk)), list(bad)))
+            nothing_yet = not kept
             kept += len(chunk)
             self._take_in(chunk, text)
+            if nothing_yet and kept and self.options.reads is not None:  # at once, not after gigabytes
+                kind = kind_of_input(self.input, self.options.input_kind)
+                check_input_kind(self.options.reads, kind, text=self.input.kind == "text")
         for position, first in sorted((self.duplicates.repeated() if self.duplicates else {}).items()):
             self._drop(position, "duplicate", f"is record {self.source.locate(first)[1]} again", quarantine)
             kept -= 1

@@ -61,6 +61,29 @@ class DataSpec:
         return fields
 
 
+def check_input_kind(reads: InputKind, kind: InputKind, *, text: bool) -> None:
+    """Refuse inputs of another kind than a model by name reads.
+
+    Args:
+        reads: what the model reads.
+        kind: what the inputs are.
+        text: whether they were text before they were tokens.
+
+    Raises:
+        UsageError: names the remedy.
+    """
+    if kind == reads:
+        return
+    if reads == "tokens":
+        raise UsageError("the model reads token ids and the inputs are features; use model='mlp'")
+    if text:
+        raise UsageError("the mlp reads features and the inputs are text; use model='decoder'")
+    raise UsageError(
+        "the mlp reads features and lists of whole numbers are read as token ids; set input_kind='features' "
+        "where they are quantities, or use model='decoder'"
+    )
+
+
 def normalize_task(task: str | None) -> str | None:
     """The task's name as we spell it, or None for "infer it".
 

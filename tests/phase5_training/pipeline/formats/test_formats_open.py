@@ -89,8 +89,17 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     folder.mkdir()
     shard(outside / "a.json", 0, 2)
     (folder / "a.json").symlink_to(outside / "a.json")
-    with pytest.raises(DataError, match="leads out of the data folder"):
-        open_source(folder)
+    inside = folder / "b.json"
+    shard(inside, 0, 2)
+    (folder / "c.json").symlink_to(inside)
+    by_name = folder / "a.json"
+    for where in (folder, folder / "*.json", [inside, folder / "a*"]):
+        with pytest.raises(DataError, match=r"a.json: a link that leads out .*by itself"):
+            open_source(where)
+    assert len(open_source(by_name)) == 2
+    assert len(open_source(f"{tmp_path}/d*/a.json")) == 2  # the pattern begins where both lie
+    by_name.unlink()
+    assert len(open_source(folder)) == len(open_source(folder / "*.json")) == 4
 
 
 def test_sidecars_are_no_data(tmp_path):
