@@ -1,6 +1,7 @@
 """How much memory this process may have."""
 
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -9,7 +10,7 @@ def usable_memory(root: Path = Path("/")) -> int:
     """Bytes of memory that this process may use: those of the machine, or the fewer of its container.
 
     A container's limit is that of the control group of this process, or of one above it; the kernel ends
-    a process that passes it.
+    a process that passes it. A limit of the address space (``ulimit -v``) counts too.
 
     Args:
         root: where ``proc`` and ``sys`` are looked for.
@@ -19,7 +20,9 @@ def usable_memory(root: Path = Path("/")) -> int:
     """
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = (_number(path) for path in _limit_files(root))
-    return min([machine, *(limit for limit in limits if limit is not None)])
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    most = [] if space == resource.RLIM_INFINITY else [space]
+    return min([machine, *most, *(limit for limit in limits if limit is not None)])
 
 
 def _limit_files(root: Path) -> Iterator[Path]:

@@ -195,7 +195,10 @@ class ForgeDataLoader:
         portions = self._portions(epoch, first)
         workers = self.config.num_workers
         fetched = self._from_workers(portions) if workers else map(self._prepared.__getitems__, portions)
-        for batches, hits, lookups in fetched:
+        for found in fetched:
+            if isinstance(found, DataError):
+                raise found
+            batches, hits, lookups = found
             self._hits += hits
             self._lookups += lookups
             yield batches

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from phase5_training.errors import UsageError
+from phase5_training.errors import DataError, UsageError
+from phase5_training.gradients import is_out_of_memory
+from phase5_training.memory import usable_memory
 from phase5_training.pipeline.data_collate import Collator, HeldSamples, SampleCache, split_batch
 from phase5_training.pipeline.data_config import DEFAULT_BLOCK, DataConfig
 from phase5_training.pipeline.data_workers import WorkerBoard
@@ -21,6 +24,7 @@ from phase5_training.pipeline.formats.source import ArraySource, Source, Tokeniz
 from phase5_training.pipeline.formats.spec import DataSpec
 from phase5_training.pipeline.formats.text import make_tokenizer
 
+PADDING_COPIES = 3  # of a padded batch of int64 that there are while it is made: places, values, the batch
 HELD_BYTES = 32 << 20  # of data that are held in the form of batches; larger ones in the types of their file
 
 
@@ -74,6 +78,8 @@ class Prepared:
         self._cache: SampleCache | None = None
         if source.access == "memory" and self.spec.tokenizer is not None:
             self._encoded = self._encode_all()
+        if not config.pack_text:
+            self._check_padding()
         usable = self.scan.records if self.scan.keep is None else len(self.scan.keep)
         if config.pack_text:
             self._pack(tokenizer)
@@ -133,15 +139,58 @@ class Prepared:
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """The samples at ``indices`` as a batch."""
-        if self._held is not None:
-            return self._held.take(indices)
-        return self.collator.collate(self._fetch(indices))
+        with self._memory_for(len(indices)):
+            if self._held is not None:
+                return self._held.take(indices)
+            return self.collator.collate(self._fetch(indices))
 
     def batches(self, portion: Portion) -> list[dict[str, Any]]:
         """Several batches: one call per column for all of them."""
-        if self._held is not None:
-            return split_batch(self._held.take(portion.indices), portion.sizes)
-        return self.collator.collate_parts(self._fetch(portion.indices), portion.sizes)
+        with self._memory_for(max(portion.sizes)):
+            if self._held is not None:
+                return split_batch(self._held.take(portion.indices), portion.sizes)
+            return self.collator.collate_parts(self._fetch(portion.indices), portion.sizes)
+
+    def _check_padding(self) -> None:
+        """Refuse batches that are padded to a length which the memory here does not hold.
+
+        Raises:
+            DataError: one sample may be far longer than all others; names the remedies.
+        """
+        config = self.config
+        if not self.spec.ragged:
+            return
+        ranks, makers = config.world_size, max(1, config.num_workers)
+        each, limit = PADDING_COPIES * makers * self.row_bytes, usable_memory() // 2
+        size = each * -(-config.batch_size // ranks)
+        if size <= limit:
+            return
+        remedies = ["set max_length, to which longer ones are cut"]
+        if limit >= each:
+            remedies.append(f"batch_size={limit // each * ranks}")
+        if self.spec.task == "next_token" and not self.has_targets:
+            remedies.append("pack_text=True, which cuts texts into blocks")
+        raise DataError(
+            f"{self.source.paths[0]}: the longest sample has {self.longest} tokens, and to pad a batch of "
+            f"{config.batch_size} to it takes {size / 1e9:.1f} GB, more than half of the memory here "
+            f"({limit / 1e9:.1f} GB); {', or '.join(remedies)}"
+        )
+
+    @contextlib.contextmanager
+    def _memory_for(self, samples: int) -> Iterator[None]:
+        """Say in one line that the memory ran out while so many samples were put together."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+                raise
+            longest = f" of up to {self.longest} tokens" if self.spec.ragged else ""
+            remedy = ", or max_length" if self.spec.ragged else ""
+            raise DataError(
+                f"{self.source.paths[0]}: the memory does not hold a batch of {samples} samples{longest} "
+                f"({self.row_bytes * samples / 1e9:.2g} GB and what making it takes); use a smaller "
+                f"batch_size{remedy}"
+            ) from error
 
     def _fetch(self, indices: np.ndarray) -> Columns:
         if self._encoded is not None:
@@ -151,9 +200,15 @@ class Prepared:
         return self.collator.encode(self.source.gather(indices))
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample, as a batch takes it in."""
+        limit = self.spec.max_length
+        return self.scan.longest if limit is None else min(self.scan.longest, limit)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes that the input of one sample takes in a batch, at most."""
-        elements = math.prod(self.scan.longest if n is None else n for n in self.spec.input_shape)
+        elements = math.prod(self.longest if n is None else n for n in self.spec.input_shape)
         return max(1, elements) * (4 if self.spec.input_dtype == "float32" else 8)
 
     @property
@@ -173,12 +228,18 @@ class Prepared:
     def __len__(self) -> int:
         return self.scan.records
 
-    def __getitems__(self, portion: Portion) -> tuple[list[dict[str, Any]], int, int]:
-        """Batches, and what they added to the cache's counters; called in worker processes."""
+    def __getitems__(self, portion: Portion) -> tuple[list[dict[str, Any]], int, int] | DataError:
+        """Batches, and what they added to the cache's counters; called in worker processes.
+
+        What is wrong with the data is handed over: torch would put a traceback into its message.
+        """
         if self.board is not None:
             self.board.begin(portion.indices)
         hits, lookups = self.counters()
-        batches = self.batches(portion)
+        try:
+            batches = self.batches(portion)
+        except DataError as error:
+            return error
         after = self.counters()
         if self.board is not None:
             self.board.end()
