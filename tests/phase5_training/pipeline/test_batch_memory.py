@@ -8,7 +8,6 @@ import sys
 import numpy as np
 import pytest
 
-from phase5_training.cli import main
 from phase5_training.errors import DataError
 from phase5_training.pipeline import data_prepared
 from phase5_training.pipeline.data_config import DataConfig
@@ -50,7 +49,8 @@ def test_one_long_text_among_short_ones(texts, memory):
         loader(texts[0])
     assert str(caught.value) == (
         f"{texts[0]}: the longest sample has 400 tokens, and to pad a batch of 16 to it takes 0.0 GB, "
-        "more than half of the memory here (0.0 GB); set max_length, to which longer ones are cut, or batch_size=15"
+        "more than half of the memory here (0.0 GB); set max_length, to which longer ones are cut, "
+        "or batch_size=15"
     )
     loader(texts[0], batch_size=15)
     loader(texts[0], max_length=LONGEST - 1)
@@ -107,24 +107,6 @@ def test_other_errors_stay_what_they_are(texts, monkeypatch):
     monkeypatch.setattr(Ragged, "padded", padded)
     with pytest.raises(RuntimeError, match=r"^something else$"):
         list(loader(texts[0]))
-
-
-def test_a_batch_of_a_run(texts, monkeypatch, capsys, tmp_path):
-    """The first batch of a run fits, a later one does not."""
-    monkeypatch.chdir(tmp_path)
-    whole = Ragged.padded
-
-    def padded(self, width, fill):
-        if width >= LONGEST:
-            raise MemoryError
-        return whole(self, width, fill)
-
-    monkeypatch.setattr(Ragged, "padded", padded)
-    words = ["train", "--train-data-path", str(texts[0]), "--epochs", "1", "--validation-split", "0"]
-    assert main([*words, "--quiet", "--batch-size", "4"]) == 1
-    err = capsys.readouterr().err
-    assert err.startswith(f"forge: {texts[0]}: the memory does not hold a batch of 4 samples of up to 400 ")
-    assert err.count("\n") == 1
 
 
 def test_a_limit_of_the_address_space_counts():
