@@ -14,7 +14,7 @@ from phase5_training.errors import DataError
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.formats import open_source
 from phase5_training.pipeline.formats.column_stats import is_text, label_text
-from phase5_training.pipeline.formats.columns import Columns, Ragged, Values, as_rows
+from phase5_training.pipeline.formats.columns import Columns, Ragged, Texts, Values, as_rows
 from phase5_training.pipeline.formats.policies import OPTIONAL
 from phase5_training.pipeline.formats.scan import ScanOptions, scan
 from phase5_training.pipeline.formats.source import Source
@@ -81,7 +81,7 @@ class Column:
         """Take in some rows."""
         if not len(values):
             return
-        if is_text(values):
+        if isinstance(values, Texts) or is_text(values):
             texts = [label_text(text) for text in as_rows(values)]
             self._kinds["text"] += len(texts)
             self._lengths.add(np.array([len(text) for text in texts]))

@@ -10,7 +10,7 @@ import torch
 from cachetools import LRUCache
 
 from phase5_training.errors import DataError
-from phase5_training.pipeline.formats.column_stats import label_text
+from phase5_training.pipeline.formats.column_stats import is_text, label_text
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, Values, as_ragged, as_rows
 from phase5_training.pipeline.formats.record_columns import narrow
 from phase5_training.pipeline.formats.source import Source, Tokenizer
@@ -69,9 +69,9 @@ class Collator:
         return Columns(columns.index, inputs, encoded, columns.quality)
 
     def _numbers(self, values: Values, ragged: bool) -> Values:
+        if is_text(values):
+            return self.tokenizer.encode(values)  # type: ignore[arg-type]
         if isinstance(values, list):
-            if values and isinstance(values[0], (str, bytes)):
-                return self.tokenizer.encode(values)
             return as_ragged(values) if ragged else self._stacked(values)
         return as_ragged(values) if ragged else values
 

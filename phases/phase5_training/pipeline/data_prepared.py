@@ -96,7 +96,9 @@ class Prepared:
         parts: list[Columns] = []
         for chunk in self.source.iterate():
             chunk.bad = {}
-            parts.append(self.collator.encode(chunk.take(np.flatnonzero(~lost[chunk.index]))))
+            left_out = lost[chunk.index]
+            chunk = chunk.take(np.flatnonzero(~left_out)) if left_out.any() else chunk
+            parts.append(self.collator.encode(chunk))
         columns = concat(parts)
         # Positions stay those of the file, so what was dropped counts as unreadable here.
         columns.bad = dict.fromkeys(np.flatnonzero(lost).tolist(), "was dropped")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from phase5_training.pipeline.formats.columns import Ragged, Values, as_rows
+from phase5_training.pipeline.formats.columns import Ragged, Texts, Values, as_rows
 from phase5_training.pipeline.formats.record_columns import narrow
 
 Reason = tuple[str, str]  # (short name for counting, sentence for the user)
@@ -28,7 +28,7 @@ class ColumnStats:
             held = "text" if self.kind == "text" else "numbers"
             now = "text" if kind == "text" else "numbers"
             return every_row(values, "kind", f"has {now} as {self.what}, the records before it have {held}")
-        if kind == "text" and isinstance(values, list):
+        if isinstance(values, Texts) or (kind == "text" and isinstance(values, list)):
             return {}
         if isinstance(values, Ragged):
             return self._check_ragged(values, text)
@@ -89,9 +89,9 @@ class ColumnStats:
         """Take in rows that passed."""
         if not len(values):
             return
-        if is_text(values):
+        if isinstance(values, Texts) or is_text(values):
             self.kind = "text"
-            self.names.update(map(label_text, as_rows(values)))
+            self.names.update(map(label_text, set(as_rows(values))))
             return
         if isinstance(values, Ragged):
             self.longest = max(self.longest, int(values.lengths.max()))
@@ -112,6 +112,8 @@ class ColumnStats:
 
 def is_text(values: Values) -> bool:
     """Whether a column holds text not yet encoded."""
+    if isinstance(values, Texts):
+        return True
     return isinstance(values, list) and bool(values) and isinstance(values[0], (str, bytes))
 
 

@@ -1,17 +1,23 @@
 """Columns: the shape in which every reader hands over records.
 
-A column is one of three things: a numpy array with one row per record, a `Ragged` array of integer
-sequences of different lengths, or a list (of text, or of arrays whose shapes differ). Batches are
+A column is one of four things: a numpy array with one row per record, a `Ragged` array of integer
+sequences of different lengths, `Texts`, or a list (of text, or of arrays whose shapes differ). Batches are
 gathered column by column, never record by record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import ctypes
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
+
+from phase5_training.pipeline.formats import native
+
+_PADDED_NATIVELY = (np.dtype(np.uint8), np.dtype(np.int32), np.dtype(np.int64))
 
 
 class Ragged:
@@ -54,12 +60,25 @@ class Ragged:
         return self.flat[self.offsets[i] : self.offsets[i + 1]]
 
     def take(self, rows: np.ndarray | slice) -> Ragged:
-        """The chosen sequences, gathered in one indexing operation."""
-        lengths = self.lengths[rows]
+        """The chosen sequences, gathered in one operation; a view where ``rows`` is a slice."""
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            start, stop, _ = rows.indices(len(self))
+            offsets = self.offsets[start : max(start, stop) + 1]
+            return Ragged(self.flat[offsets[0] : offsets[-1]], offsets - offsets[0])
+        starts = np.ascontiguousarray(self.offsets[:-1][rows], np.int64)
+        lengths = self.offsets[1:][rows] - starts
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        shift = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        return Ragged(self.flat[shift + np.arange(offsets[-1])], offsets)
+        fast = native.ready()
+        if fast is None or not self.flat.flags.c_contiguous:
+            shift = np.repeat(starts - offsets[:-1], lengths)
+            return Ragged(self.flat[shift + np.arange(offsets[-1])], offsets)
+        flat = np.empty(offsets[-1], self.flat.dtype)
+        fast.forge_take_rows(
+            native.address(self.flat), ctypes.c_int64(flat.itemsize), native.address(starts),
+            native.address(offsets), ctypes.c_int64(len(lengths)), native.address(flat),
+        )  # fmt: skip
+        return Ragged(flat, offsets)
 
     def followed_by(self, token: int) -> Ragged:
         """Every sequence with one more element at its end."""
@@ -73,6 +92,16 @@ class Ragged:
         """(n, width) int64: sequences cut at ``width`` and right-padded with ``fill``."""
         if not len(self.flat):
             return np.full((len(self), width), fill, np.int64)
+        fast = native.ready()
+        if fast is not None and self.flat.dtype in _PADDED_NATIVELY and self.flat.flags.c_contiguous:
+            padded = np.empty((len(self), width), np.int64)
+            offsets = np.ascontiguousarray(self.offsets, np.int64)
+            fast.forge_pad_rows(
+                native.address(self.flat), ctypes.c_int64(self.flat.itemsize), native.address(offsets),
+                ctypes.c_int64(len(self)), ctypes.c_int64(width), ctypes.c_int64(fill),
+                native.address(padded),
+            )  # fmt: skip
+            return padded
         columns = np.arange(width)
         positions = np.minimum(self.offsets[:-1, None] + columns, len(self.flat) - 1)
         inside = columns < self.lengths[:, None]
@@ -80,7 +109,46 @@ class Ragged:
         return np.where(inside, self.flat[positions].astype(np.int64, copy=False), fill)
 
 
-Values: TypeAlias = np.ndarray | Ragged | list
+class Texts:
+    """Texts as their UTF-8, one after another; iterating gives them as ``str``.
+
+    Args:
+        encoded: uint8 rows.
+
+    Example:
+        >>> list(Texts.of(["ab", "é"]).take(np.array([1, 0])))
+        ['é', 'ab']
+    """
+
+    __slots__ = ("encoded",)
+
+    def __init__(self, encoded: Ragged) -> None:
+        self.encoded = encoded
+
+    @classmethod
+    def of(cls, texts: Sequence[str | bytes]) -> Texts:
+        """Join loose texts. A lone surrogate is legal in a Python string and in no UTF-8 file."""
+        raw = [text if isinstance(text, bytes) else text.encode("utf-8", "replace") for text in texts]
+        offsets = np.zeros(len(raw) + 1, np.int64)
+        np.cumsum([len(text) for text in raw], out=offsets[1:])
+        return cls(Ragged(np.frombuffer(b"".join(raw), np.uint8), offsets))
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __iter__(self) -> Iterator[str]:
+        flat, ends = self.encoded.flat.tobytes(), self.encoded.offsets.tolist()
+        return (flat[a:b].decode("utf-8", "replace") for a, b in pairwise(ends))
+
+    def __getitem__(self, i: int) -> str:
+        return self.encoded.row(i).tobytes().decode("utf-8", "replace")
+
+    def take(self, rows: np.ndarray | slice) -> Texts:
+        """The chosen ones."""
+        return Texts(self.encoded.take(rows))
+
+
+Values: TypeAlias = np.ndarray | Ragged | Texts | list
 Targets: TypeAlias = Values | dict[str, Values] | None
 
 
@@ -116,7 +184,7 @@ def take_values(values: Values, rows: np.ndarray | slice) -> Values:
     """Rows of one column, as a new column."""
     if isinstance(values, np.ndarray):
         return np.asarray(values[rows])
-    if isinstance(values, Ragged):
+    if isinstance(values, (Ragged, Texts)):
         return values.take(rows)
     return values[rows] if isinstance(rows, slice) else [values[i] for i in rows.tolist()]
 
@@ -142,15 +210,21 @@ def concat_values(parts: Sequence[Values]) -> Values:
     arrays = [p for p in parts if isinstance(p, np.ndarray)]
     if len(arrays) == len(parts) and len({p.shape[1:] for p in arrays}) == 1:
         return np.concatenate(arrays)
-    if any(isinstance(p, list) for p in parts):
+    texts = [p.encoded for p in parts if isinstance(p, Texts)]
+    if len(texts) == len(parts):
+        return Texts(_joined(texts))
+    if texts or any(isinstance(p, list) for p in parts):
         return [row for part in parts for row in as_rows(part)]
     flat = [p for p in arrays if p.ndim == 2 and p.dtype.kind == "i"]
     if len(flat) + sum(isinstance(p, Ragged) for p in parts) == len(parts):
-        ragged = [as_ragged(p) for p in parts]
-        starts = np.cumsum([0, *(r.offsets[-1] for r in ragged)])
-        offsets = [r.offsets[:-1] + start for r, start in zip(ragged, starts[:-1], strict=True)]
-        return Ragged(np.concatenate([r.flat for r in ragged]), np.concatenate([*offsets, starts[-1:]]))
+        return _joined([as_ragged(p) for p in parts])
     return [row for part in parts for row in as_rows(part)]
+
+
+def _joined(parts: list[Ragged]) -> Ragged:
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    return Ragged(np.concatenate([part.flat for part in parts]), np.concatenate([*offsets, starts[-1:]]))
 
 
 def concat(chunks: Sequence[Columns]) -> Columns:
@@ -162,7 +236,7 @@ def concat(chunks: Sequence[Columns]) -> Columns:
     if first is None:
         target = None
     elif isinstance(first, dict):
-        target = {name: concat_values([c.target[name] for c in chunks]) for name in first}  # type: ignore[index,call-overload]
+        target = {name: concat_values([c.target[name] for c in chunks]) for name in first}  # type: ignore[index,call-overload,misc]
     else:
         target = concat_values([c.target for c in chunks])  # type: ignore[misc]
     has_quality = any(c.quality is not None for c in chunks)
@@ -198,6 +272,7 @@ def gather_parts(
 
 def as_ragged(values: Values) -> Ragged:
     """Sequences of integers, equal in length or not, as a `Ragged`."""
+    assert not isinstance(values, Texts)
     if isinstance(values, Ragged):
         return values
     if isinstance(values, np.ndarray):

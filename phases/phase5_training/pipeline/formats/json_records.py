@@ -1,7 +1,7 @@
 """Where the records of a JSON text begin and end, found block by block in bounded memory.
 
 A list of records (`ListFinder`) is followed by its brackets, JSON Lines (`find_lines`) by the ends of the
-lines. What a record holds is left to orjson, or to the reader of plain numbers in `record_parser.py`.
+lines. What a record holds is left to orjson, or to the reader of plain records in `record_parser.py`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ class Found:
     lines: np.ndarray | None = None
     offsets: np.ndarray | None = None
     faults: dict[int, str] = field(default_factory=dict)
+
+    def take(self, rows: np.ndarray) -> Found:
+        """Some of them, none of which has a fault."""
+        lines, offsets = (None if part is None else part[rows] for part in (self.lines, self.offsets))
+        return Found(self.base, self.text, self.starts[rows], self.stops[rows], lines, offsets)
 
 
 class NoListError(DataError):

@@ -1,4 +1,4 @@
-"""The C++ reader of plain records (number_records.cpp), compiled at first use; see `reader`."""
+"""The C++ reader of plain records and of ragged rows, compiled at first use; see `reader`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 logger = logging.getLogger("forge")
 
-SOURCE = Path(__file__).with_name("number_records.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("plain_records.cpp", "ragged_rows.cpp"))
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared")
 MAX_DIMENSIONS = 4
 
 
 class Column(ctypes.Structure):
-    """A column to be filled; as in number_records.cpp."""
+    """A column to be filled; as in plain_records.cpp."""
 
     _fields_ = (
         ("key", ctypes.c_char_p),
@@ -30,12 +32,14 @@ class Column(ctypes.Structure):
         ("shape", ctypes.c_int64 * MAX_DIMENSIONS),
         ("integers", ctypes.c_void_p),
         ("floats", ctypes.c_void_p),
+        ("text", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
         ("saw_float", ctypes.c_int64),
     )
 
 
 class Quality(ctypes.Structure):
-    """Where qualities go, and whether there was one; as in number_records.cpp."""
+    """Where qualities go, and whether there was one; as in plain_records.cpp."""
 
     _fields_ = (("values", ctypes.c_void_p), ("seen", ctypes.c_int64))
 
@@ -58,7 +62,9 @@ def reader() -> ctypes.CDLL | None:
     if compiler is None:
         logger.info("large JSON files are read without the native reader: no C++ compiler; install g++")
         return None
-    digest = hashlib.sha256(" ".join((*FLAGS, platform.machine(), compiler)).encode() + SOURCE.read_bytes())
+    digest = hashlib.sha256(" ".join((*FLAGS, platform.machine(), compiler)).encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
     path = cache_folder() / f"records-{digest.hexdigest()[:20]}.so"
     try:
         if not path.exists():
@@ -70,7 +76,19 @@ def reader() -> ctypes.CDLL | None:
         return None
     for name in ("forge_read_records", "forge_find_records"):
         getattr(found, name).restype = ctypes.c_int64
+    for name in ("forge_check_records", "forge_take_rows", "forge_pad_rows"):
+        getattr(found, name).restype = None
     return found
+
+
+def ready() -> ctypes.CDLL | None:
+    """`reader` where this process has called it before: nobody waits for a compiler to copy a few rows."""
+    return reader() if reader.cache_info().currsize else None
+
+
+def address(array: np.ndarray) -> ctypes.c_void_p:
+    """Of the first element of an array that lies in one piece."""
+    return ctypes.c_void_p(array.ctypes.data)
 
 
 def _build(compiler: str, path: Path) -> None:
@@ -78,6 +96,6 @@ def _build(compiler: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built)]
+        command = [compiler, *FLAGS, *map(str, SOURCES), "-o", str(built)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         os.replace(built, path)

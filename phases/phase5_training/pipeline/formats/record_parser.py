@@ -1,4 +1,4 @@
-"""Text of JSON records into columns: by the native reader where they are plain numbers, else by orjson."""
+"""Text of JSON records into columns: by the native reader where they are plain, else by orjson."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import numpy as np
 import orjson
 
 from phase5_training.pipeline.formats import native
-from phase5_training.pipeline.formats.columns import Columns
+from phase5_training.pipeline.formats.column_stats import is_text
+from phase5_training.pipeline.formats.columns import Columns, Ragged, Texts, Values, concat
 from phase5_training.pipeline.formats.json_checks import fault_of
 from phase5_training.pipeline.formats.json_records import Found
 from phase5_training.pipeline.formats.record_columns import RecordColumns
 
-TRIES = 4  # stretches with a record that is not plain, after which the native reader is left alone
+TRIES = 4  # stretches with many records that are not plain, after which the native reader is left alone
+MANY = 8  # one in so many
 
 
 # A string, to be passed over, or an integer of so many digits that it may not fit.
@@ -25,6 +27,18 @@ _LONG = re.compile(rb'"(?:[^"\\]|\\.)*"|(?<![\d.eE+-])(-?\d{19,})(?![\d.eE])')
 _FIRST_HUGE = 2.0**63
 # What Python's json writes for numbers that are not finite.
 _NO_NUMBER = re.compile(rb"[:,\[]\s*(-?Infinity|NaN)\b")
+
+
+def _sound(found: Found) -> np.ndarray:
+    """(n,) bool: of which records it is known that `fault_of` finds nothing."""
+    sound = np.zeros(len(found.starts), bool)
+    reader = native.reader()
+    if reader is not None and not found.faults:
+        reader.forge_check_records(
+            found.text, native.address(found.starts), native.address(found.stops),
+            ctypes.c_int64(len(sound)), native.address(sound),
+        )  # fmt: skip
+    return sound
 
 
 def holds_huge_floats(columns: Columns) -> bool:
@@ -60,7 +74,38 @@ def _reason(line: bytes, error: orjson.JSONDecodeError) -> str:
 class _Field:
     key: bytes
     shape: tuple[int, ...]
-    floats: bool
+    kind: str  # "i", "f" or "text"
+
+    def column(self, n: int, room: int) -> tuple[native.Column, list[np.ndarray]]:
+        """Where n records are to be read into: the structure, and the arrays that it points at."""
+        column = native.Column(key=self.key, key_length=len(self.key))
+        if self.kind == "text":
+            text, offsets = np.empty(room, np.uint8), np.zeros(n + 1, np.int64)
+            column.text, column.offsets = text.ctypes.data, offsets.ctypes.data
+            return column, [text, offsets]
+        column.dimensions = len(self.shape)
+        column.shape[: len(self.shape)] = self.shape
+        values = np.empty((n, *self.shape), np.float64 if self.kind == "f" else np.int64)
+        if self.kind == "f":
+            column.floats = values.ctypes.data
+        else:
+            column.integers = values.ctypes.data
+        return column, [values]
+
+
+def _values(arrays: list[np.ndarray]) -> np.ndarray | Texts:
+    if len(arrays) == 2:
+        text, offsets = arrays
+        return Texts(Ragged(text[: offsets[-1]].copy(), offsets))  # what was left over is given back
+    with np.errstate(over="ignore"):
+        return arrays[0].astype(np.float32) if arrays[0].dtype.kind == "f" else arrays[0]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two parts of a column make the column that all their rows would have made."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and a.shape[1:] == b.shape[1:]
+    return type(a) is type(b)
 
 
 class RecordParser:
@@ -82,16 +127,23 @@ class RecordParser:
         """The records found, whose positions in the source are ``index``."""
         columns = self._natively(found, index) if self._fields and not found.faults else None
         if columns is None:
-            columns = self._by_orjson(found, index)
-            if holds_huge_floats(columns):
-                columns = self._by_orjson(found, index, refused=_with_huge_integers(found))
+            columns = self._otherwise(found, index)
             self._learn(columns)
+        return columns
+
+    def _otherwise(self, found: Found, index: Sequence[int]) -> Columns:
+        columns = self._by_orjson(found, index)
+        if holds_huge_floats(columns):
+            columns = self._by_orjson(found, index, refused=_with_huge_integers(found))
+        if is_text(columns.input):
+            columns.input = Texts.of(columns.input)  # type: ignore[arg-type]
         return columns
 
     def _by_orjson(self, found: Found, index: Sequence[int], refused: Collection[int] = ()) -> Columns:
         records: list[Any] = []
         kept: list[int] = []
         bad: dict[int, str] = {}
+        sound = _sound(found)
         for i, (a, b) in enumerate(zip(found.starts.tolist(), found.stops.tolist(), strict=True)):
             fault = found.faults.get(i) or (
                 "holds an integer beyond 64 signed bits" if i in refused else None
@@ -100,7 +152,7 @@ class RecordParser:
                 line = found.text[a:b]
                 try:
                     record = orjson.loads(line)
-                    fault = fault_of(line, record)
+                    fault = None if sound[i] else fault_of(line, record)
                 except orjson.JSONDecodeError as error:
                     fault = f"is not valid JSON: {_reason(line, error)}"
             if fault is None:
@@ -115,13 +167,13 @@ class RecordParser:
         columns.bad |= bad
         return columns
 
-    # -- plain numbers --------------------------------------------------------------------------------
+    # -- plain records --------------------------------------------------------------------------------
 
     def _learn(self, columns: Columns) -> None:
         """From records that orjson read, what the native reader is to expect; None where it cannot."""
         convert = self._convert
+        self._fields = None
         if self._failures >= TRIES or convert.kinds is None or convert.names or not len(columns):
-            self._fields = None
             return
         fields = []
         for key, kind, values in (
@@ -130,50 +182,72 @@ class RecordParser:
         ):
             if kind == "nothing":
                 continue
+            if key in (None, "metadata", "quality"):
+                return
+            assert key is not None
+            if kind == "text":
+                fields.append(_Field(key.encode(), (), "text"))
+                continue
             plain = isinstance(values, np.ndarray) and values.ndim <= native.MAX_DIMENSIONS
-            if kind not in ("a number", "a list") or not plain or key in (None, "metadata", "quality"):
-                self._fields = None
+            if kind not in ("a number", "a list") or not plain:
                 return
             assert isinstance(values, np.ndarray)
-            assert key is not None
-            fields.append(_Field(key.encode(), values.shape[1:], values.dtype.kind == "f"))
+            fields.append(_Field(key.encode(), values.shape[1:], "f" if values.dtype.kind == "f" else "i"))
         self._fields = fields
 
     def _natively(self, found: Found, index: Sequence[int]) -> Columns | None:
         reader = native.reader()
-        assert self._fields is not None
         if reader is None:
             return None
+        assert self._fields is not None
         n = len(found.starts)
-        quality = np.empty(n)
+        room = int((found.stops - found.starts).sum())
+        quality, odd = np.full(n, np.nan), np.zeros(n, bool)
         for _ in range(3):  # again where a column turned out to hold the other kind of numbers
-            fields, arrays = (native.Column * len(self._fields))(), []
-            for column, field in zip(fields, self._fields, strict=True):
-                values = np.empty((n, *field.shape), np.float64 if field.floats else np.int64)
-                column.key, column.key_length, column.dimensions = field.key, len(field.key), len(field.shape)
-                column.shape[: len(field.shape)] = field.shape
-                address = values.ctypes.data
-                column.floats, column.integers = (address, None) if field.floats else (None, address)
-                arrays.append(values)
+            made = [field.column(n, room) for field in self._fields]
+            columns = (native.Column * len(made))(*(column for column, _ in made))
             graded = native.Quality(quality.ctypes.data, 0)
-            done = reader.forge_read_records(
-                found.text, ctypes.c_void_p(found.starts.ctypes.data),
-                ctypes.c_void_p(found.stops.ctypes.data), ctypes.c_int64(n), fields,
-                ctypes.c_int64(len(self._fields)), ctypes.byref(graded),
+            odd[:] = False
+            unread = reader.forge_read_records(
+                found.text, native.address(found.starts), native.address(found.stops), ctypes.c_int64(n),
+                columns, ctypes.c_int64(len(made)), ctypes.byref(graded), native.address(odd),
+                ctypes.c_int64(n // MANY),
             )  # fmt: skip
             changed = False
-            for column, field in zip(fields, self._fields, strict=True):
-                if (done == n or column.saw_float) and field.floats != bool(column.saw_float):
-                    field.floats, changed = bool(column.saw_float), True
+            for column, field in zip(columns, self._fields, strict=True):
+                kind = "f" if column.saw_float else "i"
+                if field.kind != "text" and field.kind != kind and (kind == "f" or unread <= n // MANY):
+                    field.kind, changed = kind, True
             if changed:
                 continue
-            if done < n:
+            if unread > n // MANY:
                 break
-            return self._columns(arrays, quality if graded.seen else None, index)
+            values: list[Values] = [_values(arrays) for _, arrays in made]
+            if len(values) > 1 and isinstance(values[1], Texts):
+                values[1] = list(values[1])
+            target = values[1] if len(values) > 1 else None
+            read = Columns(np.array(index, np.int64), values[0], target, quality if graded.seen else None)
+            joined = self._with_odd(read, found, np.flatnonzero(odd)) if unread else read
+            if joined is None:
+                break
+            return joined
         self._failures += 1
         return None
 
-    def _columns(self, arrays: list[np.ndarray], quality: np.ndarray | None, index: Sequence[int]) -> Columns:
-        with np.errstate(over="ignore"):
-            narrow = [a.astype(np.float32) if a.dtype.kind == "f" else a for a in arrays]
-        return Columns(np.array(index, np.int64), narrow[0], narrow[1] if len(narrow) > 1 else None, quality)
+    def _with_odd(self, read: Columns, found: Found, rows: np.ndarray) -> Columns | None:
+        """The records at ``rows`` put right by orjson; None where they change the form of a column."""
+        index, n = read.index, len(read)
+        read.index = np.arange(n)
+        plain = read.take(np.delete(read.index, rows))
+        rest = self._otherwise(found.take(rows), rows.tolist())
+        parts = [plain, rest]
+        if len(rest):
+            if not _alike(plain.input, rest.input) or not _alike(plain.target, rest.target):
+                return None
+            whole = concat(parts)
+            whole = whole.take(np.argsort(whole.index))
+        else:
+            whole = plain
+        whole.index = index[whole.index]
+        whole.bad = {int(index[row]): reason for row, reason in rest.bad.items()}
+        return whole

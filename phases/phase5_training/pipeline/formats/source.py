@@ -19,6 +19,7 @@ from phase5_training.pipeline.formats.columns import (
     Columns,
     Ragged,
     Targets,
+    Texts,
     Values,
     concat,
     gather_parts,
@@ -40,7 +41,7 @@ class Tokenizer(Protocol):
     name: str
     separator: int | None
 
-    def encode(self, texts: Sequence[str | bytes]) -> Ragged:
+    def encode(self, texts: Sequence[str | bytes] | Texts) -> Ragged:
         """One row of token ids per text."""
         ...
 

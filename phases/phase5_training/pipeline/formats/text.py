@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from phase5_training.errors import DataError, UsageError
-from phase5_training.pipeline.formats.columns import Columns, Ragged
+from phase5_training.pipeline.formats.columns import Columns, Ragged, Texts
 from phase5_training.pipeline.formats.limits import check_memory
 from phase5_training.pipeline.formats.mapped_pages import TouchedPages
 from phase5_training.pipeline.formats.source import CHUNK_BYTES, Access, ReadOptions, Tokenizer
@@ -27,13 +27,9 @@ class ByteTokenizer:
     name = "bytes"
     separator: int | None = 0
 
-    def encode(self, texts: Sequence[str | bytes]) -> Ragged:
-        """One row of byte values per text."""
-        # A lone surrogate is legal in a Python string and in no UTF-8 file.
-        raw = [t if isinstance(t, bytes) else t.encode("utf-8", "replace") for t in texts]
-        offsets = np.zeros(len(raw) + 1, np.int64)
-        np.cumsum([len(r) for r in raw], out=offsets[1:])
-        return Ragged(np.frombuffer(b"".join(raw), np.uint8), offsets)
+    def encode(self, texts: Sequence[str | bytes] | Texts) -> Ragged:
+        """One row of byte values per text; those of `Texts` are shared."""
+        return (texts if isinstance(texts, Texts) else Texts.of(texts)).encoded
 
 
 # How tokenizers name the token after a text.
@@ -59,7 +55,7 @@ class FileTokenizer:
         known = (self._tokenizer.token_to_id(name) for name in _ENDS)
         self.separator: int | None = next((token for token in known if token is not None), None)
 
-    def encode(self, texts: Sequence[str | bytes]) -> Ragged:
+    def encode(self, texts: Sequence[str | bytes] | Texts) -> Ragged:
         """One row of token ids per text."""
         plain = [t.decode("utf-8", "replace") if isinstance(t, bytes) else t for t in texts]
         encoded = self._tokenizer.encode_batch_fast(plain)

@@ -70,7 +70,7 @@ def test_what_json_reads_we_read(tmp_path, extension, options, inputs):
 def test_a_bare_list_and_other_keys(tmp_path, options):
     records = [{"text": "ab", "label": 1}, {"text": "c", "label": 0}]
     columns = read(write(tmp_path / "a.json", records, wrapped=False), options)
-    assert columns.input == ["ab", "c"]
+    assert list(columns.input) == ["ab", "c"]
     assert columns.target.tolist() == [1, 0]
 
 
