@@ -18,7 +18,8 @@ rank has a core of its own, those of "2 apart" too; else the system moves them a
 
 A row of --output holds, with one figure a round where it is a list,
 
-    case           processes and mode; fsdp_float gathers float32 latents, fsdp the codes in 2 bits
+    case           processes and mode; fsdp_float gathers float32 latents, fsdp the codes in 2 bits; in
+                   ddp_gloo gradients go by gloo, as between machines, and else through shared memory
     tokens_per_s   over the steps of a turn but its first
     efficiency     tokens_per_s of a core over that of one process, of the same round
     of_apart       tokens_per_s over that of "2 apart", of the same round
@@ -48,7 +49,7 @@ import torch
 
 from interleave import circumstances, quartiles, write_rows
 
-CASES = ("1", "2 apart", "2 ddp", "2 ddp_bf16", "2 fsdp", "2 fsdp_float")
+CASES = ("1", "2 apart", *(f"2 {mode}" for mode in ("ddp", "ddp_gloo", "ddp_bf16", "fsdp", "fsdp_float")))
 
 
 def main() -> None:
@@ -188,14 +189,16 @@ class Case:
 
 def work(options: argparse.Namespace) -> None:
     """One rank of a case."""
-    from phase5_training import create_training_pipeline, report, sharded
+    from phase5_training import create_training_pipeline, report, sharded, shared_memory
 
     report.write_report = lambda runs, output=None: Path()
     torch.set_num_threads(1)
     case, folder = options.rank_of.split("|")
     _, _, mode = case.partition(" ")
-    if mode == "fsdp_float":
+    if "float" in mode:
         sharded._mark_latents = lambda model, parts: None
+    if "gloo" in mode:
+        shared_memory.SharedMemory.among = lambda ranks, size: None
     length, rank = 128, os.environ["RANK"]
     name = "run"
     if mode == "apart":

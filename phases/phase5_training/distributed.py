@@ -32,6 +32,10 @@ Units = TypeVar("Units", int, Tensor, int | Tensor)
 TIMEOUT = timedelta(minutes=30)
 
 
+class RankLost(RuntimeError):  # noqa: N818 - as torch names DistError's kinds
+    """Another process of this run has ended."""
+
+
 class Traffic:
     """Bytes of tensors that this rank has handed to the collectives of training.
 
@@ -59,6 +63,8 @@ class Ranks:
 
     def __init__(self) -> None:
         self.traffic = Traffic()
+        self.near: Callable[[Tensor], Callable[[], Tensor]] | None = None
+        """Begins sums of float64 numbers on the host, where all ranks are on one machine."""
 
     @property
     def first(self) -> bool:
@@ -117,6 +123,10 @@ class Ranks:
             What waits for that, replaces them by their sums, and gives whether any rank ``failed``.
         """
         return lambda: failed
+
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to add up ``values`` over the ranks; what is returned waits and gives the sums."""
+        return lambda: values
 
     def level_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of the first rank."""
@@ -206,19 +216,31 @@ class ProcessGroup(Ranks):
 
     def add_up_(self, tensors: Sequence[Tensor], failed: bool = False) -> Callable[[], bool]:
         """See :class:`Ranks`."""
-        sums = torch.cat([t.detach().double().reshape(-1) for t in tensors])
+        own = torch.cat([t.detach().double().reshape(-1) for t in tensors])
         sizes = [t.numel() for t in tensors]
+        # Among the numbers, but on the host: a flag that is on the device would be waited for there.
         flag = torch.tensor([float(failed)], dtype=torch.float64)
-        # A flag that is on the device would be waited for there.
-        sent = [torch.cat([sums, flag])] if sums.device.type == "cpu" else [sums, flag]
-        works = [dist.all_reduce(own, group=self.group, async_op=True) for own in sent]
+        begun = [torch.cat([own, flag])] if own.device.type == "cpu" else [own, flag]
+        sums = [self.begin_sum(values) for values in begun]
 
         def awaited() -> bool:
-            for work in works:
-                work.wait()
-            for t, total in zip(tensors, sent[0][: sum(sizes)].split(sizes), strict=True):
+            found = [wait() for wait in sums]
+            for t, total in zip(tensors, found[0][: sum(sizes)].split(sizes), strict=True):
                 t.copy_(total.view(t.shape))
-            return bool(sent[-1][-1])
+            return bool(found[-1][-1])
+
+        return awaited
+
+    def begin_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """See :class:`Ranks`."""
+        if self.near is not None and values.device.type == "cpu" and values.dtype == torch.float64:
+            return self.near(values)
+        sums = values.clone()
+        work = dist.all_reduce(sums, group=self.group, async_op=True)
+
+        def awaited() -> Tensor:
+            work.wait()
+            return sums
 
         return awaited
 
@@ -245,14 +267,8 @@ class ProcessGroup(Ranks):
         return found
 
     def _sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
-        sums = torch.tensor([float(v) for v in values], dtype=torch.float64)
-        work = dist.all_reduce(sums, group=self.group, async_op=True)
-
-        def awaited() -> list[float]:
-            work.wait()
-            return sums.tolist()
-
-        return awaited
+        sums = self.begin_sum(torch.tensor([float(v) for v in values], dtype=torch.float64))
+        return lambda: sums().tolist()
 
 
 def launched() -> tuple[int, int]:
@@ -343,7 +359,7 @@ def naming_lost_ranks() -> Iterator[None]:
         yield
     except RuntimeError as error:
         # gloo's errors have no type of their own.
-        lost = isinstance(error, dist.DistError) or "/gloo/" in str(error)
+        lost = isinstance(error, (dist.DistError, RankLost)) or "/gloo/" in str(error)
         if not (lost and dist.is_initialized()):
             raise
         if restarts() < _most_restarts():

@@ -27,6 +27,7 @@ from phase5_training.random_state import random_state, set_random_state
 from phase5_training.recorder import SilentRun
 from phase5_training.records import RunDirectory
 from phase5_training.sharded import BYTES_A_WEIGHT, ShardedOptimizer, codes_travel, shard, whole_state
+from phase5_training.shared_memory import HOW_SHARED, Posted, SharedMemory, add_up_, memory_for
 
 # Codes are derived on each rank from latents that are the same, and the loop levels the other buffers. The
 # option has another name from torch 2.13 on.
@@ -127,12 +128,14 @@ def spread(
         return Spread(called=called)
     ranks.level_([p.detach() for p in loss.parameters()])
     parts = ranks.chosen(in_parts(config.parallel, model, device, ranks))
-    size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    size = sum(p.numel() for p in trained)
     width, word = (2, "bfloat16") if config.gradient_compression == "bf16" else (4, "float32")
     sent = f"{size * width / 1e6:.3g} MB of {word} gradients a step are added up"
     if parts:
         whole = copy.deepcopy(model).cpu() if ranks.first else None
         exchange = shard(model, config, ranks, device)
+        sent += HOW_SHARED if exchange.memory is not None else ""
         coded = sum(codes_travel(layer) for _, layer in ternary_layers(model))
         notice = (
             f"{ranks.world_size} ranks, each with a part of every weight (fsdp); {coded} layers travel as "
@@ -149,7 +152,13 @@ def spread(
         find_unused_parameters=unused,
         **_LEAVE_BUFFERS,
     )
-    copies.register_comm_hook((ranks.traffic, torch.bfloat16 if width == 2 else None), _added_up)
+    dtype = torch.bfloat16 if width == 2 else None
+    memory = memory_for([p.numel() * (dtype or p.dtype).itemsize for p in trained], ranks, device)
+    if memory is None:
+        copies.register_comm_hook((ranks.traffic, dtype), _added_up)
+    else:
+        copies.register_comm_hook(_SharedSums(memory, ranks.traffic, dtype), _SharedSums.add_up)
+        sent += HOW_SHARED
     notice = f"{ranks.world_size} ranks, each with the whole model (ddp); {sent}"
     return Spread(called=copies, notices=(notice,))
 
@@ -205,6 +214,39 @@ def _added_up(
     traffic.reduced += sent.nbytes
     done = dist.all_reduce(sent, async_op=True).get_future()
     return done.then(lambda summed: whole if dtype is None else whole.copy_(summed.value()[0]))
+
+
+class _SharedSums:
+    """The same through memory that the ranks share: posted as buckets are ready, added up with the last.
+
+    Args:
+        memory: with room for all buckets.
+        traffic: counts the bytes.
+        dtype: in which gradients travel; None is their own. They are added up in their own.
+    """
+
+    def __init__(self, memory: SharedMemory, traffic: Traffic, dtype: torch.dtype | None) -> None:
+        self._memory, self._traffic, self._dtype = memory, traffic, dtype
+        self._arriving: list[tuple[Tensor, Posted]] = []
+
+    def add_up(
+        self,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
+        """See :func:`_added_up`."""
+        whole = bucket.buffer()
+        sent = whole if self._dtype is None else whole.to(self._dtype)
+        self._traffic.reduced += sent.nbytes
+        self._arriving.append((whole, self._memory.post(sent)))
+        # DDP reads the buckets after the last one, in whose turn no backward is left to do meanwhile.
+        if bucket.is_last():
+            for own, posted in self._arriving:
+                add_up_(own, self._memory.parts(posted))
+            self._arriving.clear()
+            self._memory.release()
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(whole)
+        return done
 
 
 def unused_parameters(

@@ -7,7 +7,7 @@ the scale of a ternary layer is, one all-reduce a step for all layers together.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from phase5_training.distributed import Ranks, Traffic
 from phase5_training.errors import UsageError
 from phase5_training.muon import Muon
 from phase5_training.pipeline.bitnet_optimizer import BitNetOptimizer
+from phase5_training.shared_memory import SharedMemory, add_up_, memory_for
 
 # Of training with AdamW and a float32 slow average: latent, gradient, two moments, average, code.
 BYTES_A_WEIGHT = 4 + 4 + 8 + 4 + 1
@@ -42,17 +43,21 @@ _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 class Exchange:
     """What the ranks of a sharded model send each other, and what of it has not arrived yet.
 
-    On a CPU gloo sends beside the backward, and gradients are awaited before the optimizer's step reads them.
+    On a CPU gradients travel beside the backward, through memory that the ranks share or else by gloo, and
+    are awaited before the optimizer's step reads them.
 
     Args:
-        traffic: counts the bytes.
+        ranks: of the model; their traffic counts the bytes.
         dtype: in which gradients on a CPU travel; None is their own. They are added up in their own.
+        memory: that the ranks share, with room for the gradients of a backward.
     """
 
-    def __init__(self, traffic: Traffic, dtype: torch.dtype | None = None) -> None:
-        self.traffic, self.dtype = traffic, dtype
+    def __init__(
+        self, ranks: Ranks, dtype: torch.dtype | None = None, memory: SharedMemory | None = None
+    ) -> None:
+        self.ranks, self.traffic, self.dtype, self.memory = ranks, ranks.traffic, dtype, memory
         self.step = 0
-        self._arriving: list[tuple[Any, Tensor, Tensor]] = []
+        self._arriving: list[tuple[Callable[[], Sequence[Tensor]], Tensor]] = []
 
     def begin(self, output: Tensor, own: Tensor, group: Any) -> None:
         """Send each rank its part of this rank's gradients; ``output`` is their sum after :meth:`finish`.
@@ -66,15 +71,29 @@ class Exchange:
         """
         sent = own if self.dtype is None else own.to(self.dtype)
         self.traffic.reduced += sent.nbytes
+        self._arriving.append((self._parts(sent, len(output), group), output))
+
+    def _parts(self, sent: Tensor, length: int, group: Any) -> Callable[[], Sequence[Tensor]]:
+        """What waits for this rank's part, (length,), of what each rank sends, and gives them."""
+        memory = self.memory
+        if memory is not None:
+            posted, start = memory.post(sent), self.ranks.rank * length
+            return lambda: [part[start : start + length] for part in memory.parts(posted)]
         received = torch.empty_like(sent)
         work = dist.all_to_all_single(received, sent, group=group, async_op=True)
-        self._arriving.append((work, received, output))
+
+        def awaited() -> Sequence[Tensor]:
+            work.wait()
+            return received.split(length)
+
+        return awaited
 
     def finish(self) -> None:
         """Wait for what was begun, and add it up."""
-        for work, received, output in self._arriving:
-            work.wait()
-            torch.sum(received.view(-1, len(output)), dim=0, dtype=output.dtype, out=output)
+        for parts, output in self._arriving:
+            add_up_(output, parts())
+        if self._arriving and self.memory is not None:
+            self.memory.release()
         self._arriving.clear()
 
     def next_step(self) -> None:
@@ -117,9 +136,12 @@ class _Scatter(_Buffers, ReduceScatter):
         if input_tensor.device.type != "cpu":
             exchange.traffic.reduced += input_tensor.nbytes
             return _REDUCE_SCATTER(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        later = self._last == exchange.step  # micro-batch, which FSDP adds to the gradient at once
+        if later:
+            exchange.finish()  # what is of the one before
         exchange.begin(output_tensor, input_tensor, group)
-        if self._last == exchange.step:
-            exchange.finish()  # a later micro-batch: FSDP adds it to the gradient at once
+        if later:
+            exchange.finish()
         self._last = exchange.step
         return None
 
@@ -146,7 +168,9 @@ def shard(model: nn.Module, config: TrainingConfig, ranks: Ranks, device: torch.
     ranks.level_([p.detach() for p in model.parameters()])
     _mark_latents(model, ranks.world_size)
     reduce = torch.bfloat16 if config.gradient_compression == "bf16" else None
-    exchange = Exchange(ranks.traffic, reduce)
+    own = [(-(-len(p) // ranks.world_size), p) for p in model.parameters()]  # rows of a rank, the last padded
+    sizes = [rows * ranks.world_size * p[0].numel() * (reduce or p.dtype).itemsize for rows, p in own]
+    exchange = Exchange(ranks, reduce, memory_for(sizes, ranks, device))
     policy = MixedPrecisionPolicy(reduce_dtype=None if device.type == "cpu" else reduce)
     blocks = blocks_of(model)
     again = not may_stay_gathered(model, blocks, ranks.world_size)
@@ -364,9 +388,8 @@ class ShardedOptimizer(BitNetOptimizer):
         whole = self._of_whole_parameters() if dist.get_rank() else set()
         mine = [t for t in tensors if t.numel() and id(t) not in whole]
         own = super()._total_norm(mine or [tensors[0].new_zeros(1)])
-        squared = own.double().square()
-        dist.all_reduce(squared)
-        return squared.sqrt().float()
+        squared = own.double().square().reshape(1)
+        return self._exchange.ranks.begin_sum(squared)()[0].sqrt().float()
 
     def _of_whole_parameters(self) -> set[int]:
         """The gradients and the state of parameters of which this rank has not rows, by id."""
@@ -379,8 +402,7 @@ class ShardedOptimizer(BitNetOptimizer):
         if not mine:
             return
         latents = [local_part(layer.weight) for layer in mine]
-        sums = magnitudes(latents)
-        dist.all_reduce(sums)
+        sums = self._exchange.ranks.begin_sum(magnitudes(latents))()
         counts = torch.tensor([layer.weight.numel() for layer in mine], dtype=sums.dtype, device=sums.device)
         means = (sums / counts).float()
         for bits in (1.58, 1):

@@ -76,6 +76,7 @@ def two(ranks_folder, four):
     dying = ["ddp.killed", "fsdp.three_lives"]
     parts = ["equal", "muon", "tokens", "micro", "bf16", "stopped", "short", "floats", "nonfinite", "tasks"]
     parts += ["ahead", "best", "rest", "rest_in_the_other_mode", "rest_of_damaged", "failed_save"]
+    names, parts = [*names, "over_gloo"], [*parts, "over_gloo"]
     own = [*(f"ddp.{n}" for n in names), *(f"fsdp.{n}" for n in parts), *dying]
     return run_jobs(ranks_folder, 2, *own, restarts=3)
 
@@ -130,6 +131,15 @@ def test_blocks_are_gathered_while_those_before_them_compute(two):
     found = two[0]["fsdp.ahead"]
     assert found["codes"] == ["gather"] * 4 + ["block"] * 3
     assert found["floats"] == ["gather"] * 3 + ["block", "gather", "block", "block"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_ranks_give_the_same_bits_through_shared_memory_and_over_gloo(two, mode, ranks_folder):
+    """The sum of two numbers is the same in both orders. The run says which way gradients travel."""
+    assert two[0][f"{mode}.equal"] == two[0][f"{mode}.over_gloo"]
+    for name, shared in (("equal", True), ("over_gloo", False)):
+        said = (ranks_folder / "2" / f"{mode}.{name}" / "run" / "events.jsonl").read_text()
+        assert ("in memory that the ranks share" in said) == shared
 
 
 def test_the_same_ranks_give_the_same_bits_again(two):
