@@ -16,11 +16,9 @@ from phase5_training import hardware
 from phase5_training.assembly import (
     compiles,
     cost_of_determinism,
-    data_config,
     early_stopping_of,
     filter_notices,
     free_name,
-    has_samples,
     loop_config,
     loss_of,
     monitor_of,
@@ -46,15 +44,15 @@ from phase5_training.defaults import grokfast_config
 from phase5_training.distributed import join, naming_lost_ranks
 from phase5_training.errors import DataError, ForgeError, RunFailed, UsageError
 from phase5_training.events import Callback, CallbackRegistry
+from phase5_training.feed import length
 from phase5_training.loop_state import LoopState
 from phase5_training.models import check_against_data, check_monitor, prepare_model
+from phase5_training.open_data import open_data
 from phase5_training.parallel import on_ranks, seen_by_all, spread
-from phase5_training.pipeline.data_loader import DataLoaderFactory
 from phase5_training.pipeline.grokfast_trainer import GradientFilter
 from phase5_training.pipeline.scheduler import GrokfastScheduler
 from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.pipeline.validation import RealTimeValidator
-from phase5_training.quarantine import Quarantine
 from phase5_training.random_state import seed_everything
 from phase5_training.recorder import watch
 from phase5_training.records import RunDirectory, plain
@@ -305,22 +303,9 @@ class TrainingPipeline:
             self.train_loader, self.val_loader = parent.train_loader, parent.val_loader
             self.spec, self._dropped = parent.spec, parent._dropped
             return
-        own_validation = self._given["val"] is not None
-        ready_batches = not has_samples(self._given["train"])
-        data = data_config(config, split=not own_validation and not ready_batches, ranks=self.ranks)
-        dropped = self._dropped = Quarantine()
-        self.train_loader, self.val_loader = DataLoaderFactory.create_loaders(
-            self._given["train"], data, quarantine=dropped.append
-        )
+        found = open_data(config, self._given["train"], self._given["val"], self.ranks)
+        self.train_loader, self.val_loader, self._dropped = found.train, found.validation, found.dropped
         self.spec = self.train_loader.spec
-        if own_validation:
-            self.val_loader = DataLoaderFactory.create_loader(
-                self._given["val"],
-                data,
-                split="validation",
-                spec=None if ready_batches else self.spec,
-                quarantine=dropped.append,
-            )
 
     def _checked_validator(self, use_amp: bool, amp_dtype: torch.dtype) -> RealTimeValidator:
         config, loader = self.config, self.val_loader
@@ -366,7 +351,11 @@ class TrainingPipeline:
         config = record_of(self.resolved, given)
         if self._resuming:
             check_same_run(str(run.path), run.read_config(), plain(config))
-            self.notices += restore(self.loop, self.loss, run, self.config.resume_from)
+            data = described(self.train_loader, self.val_loader) if self.ranks.first else None
+            batches = length(self.train_loader)
+            self.notices += restore(
+                self.loop, self.loss, run, self.config.resume_from, batches=batches, data=data
+            )
         run.write_config(config)
         for record in self._dropped if not self._resuming else ():
             run.append_quarantine(record)

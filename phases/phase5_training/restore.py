@@ -1,6 +1,7 @@
 """Going on with a run from one of its checkpoints."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from phase5_training.loss_registry import Loss
 from phase5_training.pipeline.training_loop import TrainingLoop
 from phase5_training.records import RunDirectory
 from phase5_training.results import has_failed
+from phase5_training.same_data import changed_data
+
+OTHER_DATA = "bring the data back, or begin another run with another experiment_name"
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,15 @@ def as_begun(config: TrainingConfig, *, named_optimizer: bool) -> Beginning:
     return Beginning(known, resuming=True, optimizer=tuned_to)
 
 
-def restore(loop: TrainingLoop, loss: Loss, run: RunDirectory, chosen: str | None) -> list[str]:
+def restore(
+    loop: TrainingLoop,
+    loss: Loss,
+    run: RunDirectory,
+    chosen: str | None,
+    *,
+    batches: int | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Load a checkpoint into a loop, and drop the records of the steps that it will take again.
 
     Args:
@@ -77,13 +89,18 @@ def restore(loop: TrainingLoop, loss: Loss, run: RunDirectory, chosen: str | Non
         loss: that it will train with.
         run: the run's folder.
         chosen: one checkpoint; None takes the newest that verifies.
+        batches: of an epoch of the training data; None where they do not say.
+        data: of each split, as its loader describes them, to hold against those of the last session; None on
+            all ranks but the first.
 
     Returns:
-        What is to be said: from where the run goes on, and which checkpoints were refused and why.
+        What is to be said: from where the run goes on, which checkpoints were refused and why, and what is
+        different about the data.
 
     Raises:
         CheckpointError: the one that was chosen does not verify, or none does.
-        UsageError: it belongs to another model, loss or optimizer.
+        UsageError: it belongs to another model, loss or optimizer, or stands at a place that the data have
+            not.
     """
     store: Any = loop.checkpoints
     refused: list[str] = []
@@ -98,6 +115,12 @@ def restore(loop: TrainingLoop, loss: Loss, run: RunDirectory, chosen: str | Non
             f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the model, loss and "
             "optimizer that it was started with"
         ) from error
+    changed = changed_data(run.read_events(), data) if data is not None else ""
+    if batches is not None and loop.state.batch > batches:
+        raise UsageError(
+            f"{path} cannot go on with these data: it stands after batch {loop.state.batch} of an epoch, "
+            f"which has {batches} batches now{changed and f' ({changed})'}; {OTHER_DATA}"
+        )
     if chosen is not None:
         refused += store.set_aside(after=path)
     # What a killed save did not come to.
@@ -106,6 +129,12 @@ def restore(loop: TrainingLoop, loss: Loss, run: RunDirectory, chosen: str | Non
     for reason in refused:
         what, *_, now = reason.split("; ")
         notices.append(f"{what}; resumed from {path.name} instead; {now}")
+        warnings.warn(notices[-1], stacklevel=2)
+    if changed:
+        notices.append(
+            f"resumed with other data than the run had: {changed}; from here on samples and their order are "
+            f"not those that would have come: {OTHER_DATA}"
+        )
         warnings.warn(notices[-1], stacklevel=2)
     at = loop.state
     run.truncate_metrics(at.step, at.epoch, logged=at.logged_step, validated=at.validated_step)

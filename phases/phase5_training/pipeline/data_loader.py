@@ -26,9 +26,10 @@ from phase5_training.meter import cores
 from phase5_training.pipeline.data_config import DataConfig
 from phase5_training.pipeline.data_prepared import Portion, Prepared
 from phase5_training.pipeline.data_workers import POLL_SECONDS, WorkerBoard, start, unwarned, watched
-from phase5_training.pipeline.formats import open_source
+from phase5_training.pipeline.formats import data_files, open_source
 from phase5_training.pipeline.formats.batches import BatchLoader, BatchStream
 from phase5_training.pipeline.formats.dataset import is_map_style, open_dataset
+from phase5_training.pipeline.formats.fingerprint import fingerprint
 from phase5_training.pipeline.formats.length_buckets import LengthBuckets
 from phase5_training.pipeline.formats.order import BatchPlan, EpochOrder, split_indices
 from phase5_training.pipeline.formats.selection import Selection
@@ -301,6 +302,7 @@ class ForgeDataLoader:
             "cache_hit_rate": self._hits / self._lookups if self._lookups else None,
             "shuffle_window": self._order.window,
             "source": source.describe(),
+            "content": self._prepared.content,
         }
 
 
@@ -418,6 +420,8 @@ def _create(
             )
         return BatchLoader(opened, whole, task, config.rank, config.world_size), None
     prepared = Prepared(opened, config, task, spec, quarantine)
+    if _names_files(source) and not config.rank:  # of several ranks the first keeps the records
+        prepared.content = fingerprint(data_files(source))
     if whole == "train":  # once for a run
         _advise(prepared)
     keep = prepared.scan.keep
@@ -447,7 +451,7 @@ def _advise(prepared: Prepared) -> None:
 
 
 def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchStream:
-    if isinstance(source, (str, Path)) or _is_paths(source):
+    if _names_files(source):
         return open_source(source, config.read_options())
     if is_map_style(source):
         return open_dataset(source, full_scan=config.quality_threshold > 0)
@@ -461,8 +465,8 @@ def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchSt
     )
 
 
-def _is_paths(source: Any) -> bool:
-    return (
+def _names_files(source: Any) -> bool:
+    return isinstance(source, (str, Path)) or (
         isinstance(source, Sequence)
         and not isinstance(source, Dataset)
         and all(isinstance(item, (str, Path)) for item in source)

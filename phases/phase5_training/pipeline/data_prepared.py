@@ -73,6 +73,8 @@ class Prepared:
         self.source = source
         self.collator = Collator(self.spec, tokenizer)
         self.board: WorkerBoard | None = None
+        self.content: dict[str, Any] | None = None
+        """What tells the files from others; None where there are none."""
         self._encoded: ArraySource | None = None
         self._held: HeldSamples | None = None
         self._cache: SampleCache | None = None

@@ -64,11 +64,7 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
     Raises:
         DataError: nothing there, an unknown extension, mixed formats, or what the reader finds.
     """
-    options = options or ReadOptions()
-    items: list[Any] = list(where) if isinstance(where, (list, tuple)) else [where]
-    files = [file for item in items for file in _files(Path(item))]
-    if not files:
-        raise DataError("the list of data files is empty; name at least one file")
+    options, files = options or ReadOptions(), data_files(where)
     kinds = {_reader(file) for file in files}
     if len(kinds) > 1:
         names = sorted({extension(file) for file in files})
@@ -84,6 +80,15 @@ def open_source(where: str | Path | Sequence[str | Path], options: ReadOptions |
         for file, share in zip(files, shares, strict=True)
     ]
     return sources[0] if len(sources) == 1 else ShardedSource(sources)
+
+
+def data_files(where: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `open_source` reads, in their order."""
+    items: list[Any] = list(where) if isinstance(where, (list, tuple)) else [where]
+    files = [file for item in items for file in _files(Path(item))]
+    if not files:
+        raise DataError("the list of data files is empty; name at least one file")
+    return files
 
 
 def _sparing(source: Source, options: ReadOptions) -> Source:
