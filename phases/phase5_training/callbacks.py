@@ -57,6 +57,7 @@ class ProgressDisplay:
         target: figure of the validation to head for; the display says when it may be reached.
         monitor: which figure that is; None is accuracy where there is one, else the loss.
         run: where to note that the display had to be turned off.
+        first: a sentence to begin with, once.
         console: where to draw; default standard output.
         interval_s: the least time between two plain log lines, in seconds.
         clock: seconds, monotonic.
@@ -80,6 +81,7 @@ class ProgressDisplay:
         target: float | None = None,
         monitor: str | None = None,
         run: RunDirectory | None = None,
+        first: str = "",
         console: Console | None = None,
         interval_s: float = 2.0,
         clock: Callable[[], float] = time.monotonic,
@@ -92,7 +94,8 @@ class ProgressDisplay:
         """Take figures and show nothing, as while the past of a run is read."""
         self._clock = clock
         self._console = console
-        self.mode: str = _fitting_mode(console) if mode == "auto" else mode
+        self._first = first
+        self.mode: str = fitting_mode(console) if mode == "auto" else mode
         self._progress = Progress(
             title=one_line(title, 60),
             total_steps=total_steps,
@@ -179,6 +182,9 @@ class ProgressDisplay:
         progress.seconds_before = before if is_finite(before) else 0.0
         progress.ended = ""
         self._started = self._clock()
+        if self._first:
+            self.tell(self._first)
+            self._first = ""
         if self.mode == "live":
             console = self._console or Console()
             # rich answers a broken pipe by ending the program.
@@ -346,7 +352,8 @@ class ReportRefresher:
                 print(words, file=self._stream or sys.stderr)
 
 
-def _fitting_mode(console: Console | None) -> str:
+def fitting_mode(console: Console | None = None) -> str:
+    """What "auto" is: "live" on a terminal that can show it, else "lines"."""
     if console is None:
         stream = sys.stdout
         try:

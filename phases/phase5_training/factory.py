@@ -204,7 +204,8 @@ class TrainingPipeline:
         if gradient_filter is not None:
             gradient_filter.watch(self.callbacks)
         if self._trial_of is None and ranks.first:
-            watch(self.callbacks, self.run_directory, config, total_steps, monitor)
+            sentence = self.train_loader.sentence()
+            watch(self.callbacks, self.run_directory, config, total_steps, monitor, sentence)
             data = described(self.train_loader, self.val_loader)
             self.run_directory.append_event(session_record(self.model, data, total_steps))
         self.ready = True

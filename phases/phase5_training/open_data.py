@@ -1,13 +1,19 @@
 """The data of a run: opened, split, and held against each other."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from phase5_training.assembly import data_config, has_samples
+from phase5_training.callbacks import fitting_mode
 from phase5_training.config import TrainingConfig
 from phase5_training.distributed import Ranks
-from phase5_training.pipeline.data_loader import DataLoaderFactory
+from phase5_training.pipeline.data_loader import DataLoaderFactory, names_files
+from phase5_training.pipeline.formats import data_files
+from phase5_training.pipeline.formats.reading import listening
 from phase5_training.quarantine import Quarantine
+from phase5_training.reading_view import ReadingProgress
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,11 @@ def open_data(config: TrainingConfig, train: Any, validation: Any, ranks: Ranks)
     Raises:
         DataError: files that cannot be read.
     """
+    with _shown(config, [train, validation], ranks):
+        return _opened(config, train, validation, ranks)
+
+
+def _opened(config: TrainingConfig, train: Any, validation: Any, ranks: Ranks) -> OpenedData:
     ready_batches = not has_samples(train)
     data = data_config(config, split=validation is None and not ready_batches, ranks=ranks)
     dropped = Quarantine()
@@ -49,3 +60,16 @@ def open_data(config: TrainingConfig, train: Any, validation: Any, ranks: Ranks)
             quarantine=dropped.append,
         )
     return OpenedData(loader, held_out, dropped)
+
+
+@contextlib.contextmanager
+def _shown(config: TrainingConfig, sources: Sequence[Any], ranks: Ranks) -> Iterator[None]:
+    """Show a long first pass over files, in the way that the run is going to be shown."""
+    if config.progress == "quiet" or not ranks.first:
+        yield
+        return
+    files = [file for source in sources if names_files(source) for file in data_files(source)]
+    sizes = {str(file): file.stat().st_size for file in files}
+    show = ReadingProgress(config.progress == "auto" and fitting_mode() == "live", sizes)
+    with contextlib.closing(show), listening(show):
+        yield

@@ -72,7 +72,12 @@ class Recorder:
 
 
 def watch(
-    registry: CallbackRegistry, run: RunDirectory, config: TrainingConfig, total_steps: int, monitor: str
+    registry: CallbackRegistry,
+    run: RunDirectory,
+    config: TrainingConfig,
+    total_steps: int,
+    monitor: str,
+    first: str = "",
 ) -> None:
     """Have a run recorded, shown while it goes on, and its report refreshed.
 
@@ -82,6 +87,7 @@ def watch(
         config: its options.
         total_steps: its length in optimizer steps.
         monitor: the figure that decides which weights are best, to which the target belongs.
+        first: a sentence that the display begins with.
     """
     Recorder(run).register(registry)
     mode = {"auto": "auto", "plain": "lines", "quiet": "quiet"}[config.progress]
@@ -94,6 +100,7 @@ def watch(
         target=config.target,
         monitor=monitor,
         run=run,
+        first=first,
     ).register(registry)
     ReportRefresher(run).register(registry)
     if config.trackers:

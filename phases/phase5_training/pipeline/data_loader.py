@@ -117,7 +117,7 @@ class ForgeDataLoader:
     def sentence(self) -> str:
         """The format, the number of samples and how they are reached, in words."""
         order = "" if self._order.window is None else f", shuffled within {self._order.window} records"
-        size = f"{self.num_samples} samples in batches of {self.config.batch_size}"
+        size = f"{self.num_samples:,} samples in batches of {self.config.batch_size}"
         return f"{self.split} data: {self._prepared.source.format}, {size}, {self.mode}{order}"
 
     def _window(self, blocks: np.ndarray | None) -> int | None:
@@ -420,7 +420,7 @@ def _create(
             )
         return BatchLoader(opened, whole, task, config.rank, config.world_size), None
     prepared = Prepared(opened, config, task, spec, quarantine)
-    if _names_files(source) and not config.rank:  # of several ranks the first keeps the records
+    if names_files(source) and not config.rank:  # of several ranks the first keeps the records
         prepared.content = fingerprint(data_files(source))
     if whole == "train":  # once for a run
         _advise(prepared)
@@ -451,7 +451,7 @@ def _advise(prepared: Prepared) -> None:
 
 
 def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchStream:
-    if _names_files(source):
+    if names_files(source):
         return open_source(source, config.read_options())
     if is_map_style(source):
         return open_dataset(source, full_scan=config.quality_threshold > 0)
@@ -465,7 +465,8 @@ def _open(source: Any, config: DataConfig, task: str | None) -> Source | BatchSt
     )
 
 
-def _names_files(source: Any) -> bool:
+def names_files(source: Any) -> bool:
+    """Whether a source is a path, or several."""
     return isinstance(source, (str, Path)) or (
         isinstance(source, Sequence)
         and not isinstance(source, Dataset)

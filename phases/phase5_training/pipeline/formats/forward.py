@@ -16,6 +16,7 @@ from phase5_training.errors import DataError
 from phase5_training.pipeline.formats.columns import Columns, Ragged, Values, concat
 from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, load
 from phase5_training.pipeline.formats.indexed import IndexedSource
+from phase5_training.pipeline.formats.reading import tell_read
 from phase5_training.pipeline.formats.row_file import narrowed
 from phase5_training.pipeline.formats.source import Access, ArraySource, ReadOptions, SequentialWindow, Source
 
@@ -25,10 +26,11 @@ Walk = Callable[[], Iterator[Columns]]
 def open_forward(path: Path, format: str, walk: Walk, options: ReadOptions) -> Source:
     """A source over a file that ``walk`` reads from its beginning, in chunks in order."""
     if not options.streaming:
-        held, size = [], 0
+        held, size, records = [], 0, 0
         for chunk in walk():
             held.append(narrowed(chunk))
-            size += _size(held[-1])
+            size, records = size + _size(held[-1]), records + len(chunk)
+            tell_read(str(path), records, None, "records")
             if size > options.memory_limit:
                 break
         else:

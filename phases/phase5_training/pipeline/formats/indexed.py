@@ -58,6 +58,11 @@ class IndexedSource:
     def __len__(self) -> int:
         return self._made().count
 
+    @property
+    def known_length(self) -> int | None:
+        """See `source.CountedLater`."""
+        return None if self._index is None else self._index.count
+
     def iterate(self) -> Iterator[Columns]:
         """See `Source.iterate`."""
         index = self._index

@@ -30,6 +30,7 @@ from phase5_training.pipeline.formats.json_records import (
     find_lines,
 )
 from phase5_training.pipeline.formats.objects import source_from_object
+from phase5_training.pipeline.formats.reading import tell_read
 from phase5_training.pipeline.formats.record_parser import RecordParser, holds_huge_floats
 from phase5_training.pipeline.formats.row_file import narrowed
 from phase5_training.pipeline.formats.source import CHUNK_ROWS, Access, ArraySource, ReadOptions, Source
@@ -218,6 +219,7 @@ class JsonRecords(IndexedSource):
         try:
             with self.path.open("rb", buffering=0) as file:
                 for whole in self._finder(file):
+                    tell_read(str(self.path), file.tell(), None, "bytes")
                     for found in cut(whole, CHUNK_ROWS):
                         columns = self._parser(found, range(count, count + len(found.starts)))
                         count += len(found.starts)

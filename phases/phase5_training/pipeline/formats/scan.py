@@ -20,8 +20,9 @@ from phase5_training.pipeline.formats.columns import Columns, Ragged, Targets, V
 from phase5_training.pipeline.formats.duplicates import Duplicates
 from phase5_training.pipeline.formats.infer_spec import build_spec, kind_of_input
 from phase5_training.pipeline.formats.policies import CHECKS, Policy, policy_of
+from phase5_training.pipeline.formats.reading import tell_read
 from phase5_training.pipeline.formats.selection import Selection
-from phase5_training.pipeline.formats.source import Source, Tokenizer
+from phase5_training.pipeline.formats.source import Source, Tokenizer, known_length
 from phase5_training.pipeline.formats.spec import (
     IGNORED_LABEL,
     MAX_CLASSES,
@@ -162,6 +163,7 @@ class Scanner:
             nothing_yet = not kept
             kept += len(chunk)
             self._take_in(chunk, text)
+            tell_read(self.source.paths[0], kept + len(self.lost), known_length(self.source), "records")
             if nothing_yet and kept and self.options.reads is not None:  # at once, not after gigabytes
                 kind = kind_of_input(self.input, self.options.input_kind)
                 check_input_kind(self.options.reads, kind, text=self.input.kind == "text")

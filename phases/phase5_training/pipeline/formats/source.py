@@ -123,6 +123,21 @@ class MayBeForwardOnly(Protocol):
         ...
 
 
+@runtime_checkable
+class CountedLater(Protocol):
+    """A source whose length takes a walk through it, until that was made."""
+
+    @property
+    def known_length(self) -> int | None:
+        """Its records; None before the walk."""
+        ...
+
+
+def known_length(source: Source) -> int | None:
+    """How many records a source has, where that takes no walk."""
+    return source.known_length if isinstance(source, CountedLater) else len(source)
+
+
 def is_forward_only(source: Source) -> bool:
     """Whether the records of a source must be asked for nearly in the order of the file."""
     return isinstance(source, MayBeForwardOnly) and source.forward_only
@@ -262,6 +277,12 @@ class ShardedSource:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def known_length(self) -> int | None:
+        """See `CountedLater`."""
+        lengths = [known_length(shard) for shard in self._shards]
+        return None if None in lengths else sum(n for n in lengths if n is not None)
 
     def _shift(self, columns: Columns, start: int) -> Columns:
         columns.index = columns.index + start
