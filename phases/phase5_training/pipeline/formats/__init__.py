@@ -148,8 +148,10 @@ def _matches(pattern: Path) -> tuple[Path, list[Path]]:
     """The folder that a pattern begins in, and the files in it that match, in name order."""
     first = next(i for i, part in enumerate(pattern.parts) if glob.has_magic(part))
     root = Path(*pattern.parts[:first])
+    hidden = pattern.name.startswith(".")  # as in a shell; an index that is kept beside a file is hidden
     # Path.glob enters no link to a folder for **, which may lead in circles.
-    return root, sorted(p for p in root.glob(str(Path(*pattern.parts[first:]))) if p.is_file())
+    found = root.glob(str(Path(*pattern.parts[first:])))
+    return root, sorted(p for p in found if p.is_file() and (hidden or not p.name.startswith(".")))
 
 
 def _within(root: Path, file: Path) -> Path:

@@ -102,6 +102,16 @@ def test_links_out_of_a_folder_are_refused(tmp_path):
     assert len(open_source(folder)) == len(open_source(folder / "*.json")) == 4
 
 
+def test_a_pattern_finds_no_hidden_files(tmp_path):
+    """The index that a first pass leaves beside a file is hidden."""
+    (tmp_path / "a.jsonl").write_text('{"input": [0.5], "target": 1}\n' * 5)
+    for _ in range(2):
+        assert len(open_source(tmp_path / "*", ReadOptions(memory_limit=0))) == 5
+    assert (tmp_path / ".a.jsonl.forge-index").is_file()
+    (tmp_path / "a.jsonl").rename(tmp_path / ".b.jsonl")
+    assert len(open_source(tmp_path / ".*.jsonl")) == 5
+
+
 def test_sidecars_are_no_data(tmp_path):
     np.arange(1000, dtype=np.uint16).tofile(tmp_path / "a.bin")
     (tmp_path / "a.bin.json").write_text('{"dtype": "uint16", "vocab_size": 1000}')
