@@ -15,6 +15,8 @@ Parts, each in rounds in which its cases take turns (files are in the page cache
     streaming  the highest memory of a process that reads an epoch with streaming=True, a tenth of it for
                validation, of 100 MB and of 2 GB
     cache      JSON Lines of text, streamed, with the LRU cache and without, where it holds all or a tenth
+    shapes     opening, an epoch and another for --mb / 25 of text, of text with escapes, and of records with
+               keys that nobody reads (data_shapes.py); two minutes
     stall      real tasks in training: the share of the time in which steps waited for data
 
 A row of --output is a case of a round, with seconds (wall and of the processor), and with the highest
@@ -35,6 +37,7 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
+from data_shapes import SHAPES, prepare_shape, shape_cases, write_shape
 from data_stall import STALL_STEPS, prepare_stall
 from interleave import CaseError, Worker, circumstances, quartiles, ratio_quartiles, write_rows
 
@@ -42,10 +45,14 @@ RECORD = Path(__file__).parent / "records" / "data.jsonl"
 WIDTH, VOCABULARY, CLASSES = 128, 50257, 10
 BATCH = 64
 BLOCK = 22_000  # records of random numbers that are written again and again: 20 MB
-PARTS = ("json", "hdf5", "tokens", "streaming", "cache", "stall")
+PARTS = ("json", "hdf5", "tokens", "streaming", "cache", "shapes", "stall")
 AGAINST = {  # ratios that the summary gives, round by round
     "json": (("forge", "json.load"), ("forge", "datasets")),
     "hdf5": (("forge", "h5py"),), "tokens": (("forge", "numpy.memmap"),), "cache": (("cache", "no cache"),),
+    "shapes": tuple(
+        (ours, theirs)
+        for ours in ("forge", "forge, in place") for theirs in ("json.load", "json.load, tokens kept")
+    ),
 }  # fmt: skip
 
 
@@ -62,7 +69,7 @@ def main() -> None:
     found = parser.parse_args()
     parts: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
         "json": json_part, "hdf5": hdf5_part, "tokens": tokens_part, "streaming": streaming_part,
-        "cache": cache_part, "stall": stall_part,
+        "cache": cache_part, "shapes": shapes_part, "stall": stall_part,
     }  # fmt: skip
     for name in found.parts:
         rows = []
@@ -387,6 +394,23 @@ def cache_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, An
                     yield {"case": case, "records": records, "words": length, "hit_rate": rate, **row}
 
 
+# -- shapes -------------------------------------------------------------------------------------------
+
+
+def shapes_part(folder: Path, found: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    paths = {shape: folder / f"{number}.json" for number, shape in enumerate(SHAPES)}
+    counts = {shape: write_shape(path, shape, max(found.mb // 25, 1)) for shape, path in paths.items()}
+    for number in range(found.rounds):
+        for shape, path in paths.items():
+            for case in shape_cases(shape):
+                for side in folder.glob(".*.forge-index"):
+                    side.unlink()
+                row = alone(prepare_shape, case, path, shape, found.threads)
+                size = path.stat().st_size
+                yield {"case": case, "layout": shape, "round": number, "bytes": size,
+                       "records": counts[shape], **row}  # fmt: skip
+
+
 # -- stall --------------------------------------------------------------------------------------------
 
 
@@ -422,6 +446,15 @@ def summary(part: str, rows: list[dict[str, Any]]) -> Iterator[str]:
             "samples/s, later": lambda row: row["later_samples"] / row["later_s"],
             "later by cpu": lambda row: row["later_samples"] / row["later_cpu_s"],
             "peak MB": lambda row: row["peak_mb"],
+        }
+    elif part == "shapes":
+        figures = {
+            "samples/s, opening and first epoch": lambda row: (
+                row["samples"] / (row["open_s"] + row["epoch_s"])
+            ),
+            "the same by cpu": lambda row: row["samples"] / (row["open_cpu_s"] + row["epoch_cpu_s"]),
+            "samples/s, later": lambda row: row["later_samples"] / row["later_s"],
+            "later by cpu": lambda row: row["later_samples"] / row["later_cpu_s"],
         }
     elif part == "streaming":
         figures = {"peak MB": lambda row: row["peak_mb"]}

@@ -224,7 +224,23 @@ def concat_values(parts: Sequence[Values]) -> Values:
 def _joined(parts: list[Ragged]) -> Ragged:
     starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
-    return Ragged(np.concatenate([part.flat for part in parts]), np.concatenate([*offsets, starts[-1:]]))
+    flat = _neighbors([part.flat for part in parts])
+    if flat is None:
+        flat = np.concatenate([part.flat for part in parts])
+    return Ragged(flat, np.concatenate([*offsets, starts[-1:]]))
+
+
+def _neighbors(parts: list[np.ndarray]) -> np.ndarray | None:
+    """The stretch of an array that its neighboring parts make, not copied; None where they are not such."""
+    whole = parts[0].base
+    if not isinstance(whole, np.ndarray) or whole.ndim != 1 or not whole.flags.c_contiguous:
+        return None
+    if any(p.base is not whole or p.dtype != whole.dtype or not p.flags.c_contiguous for p in parts):
+        return None
+    if any(a.ctypes.data + a.nbytes != b.ctypes.data for a, b in pairwise(parts)):
+        return None
+    start = (parts[0].ctypes.data - whole.ctypes.data) // whole.itemsize
+    return whole[start : start + sum(map(len, parts))]
 
 
 def concat(chunks: Sequence[Columns]) -> Columns:

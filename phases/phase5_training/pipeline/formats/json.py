@@ -17,6 +17,7 @@ import numpy as np
 import orjson
 
 from phase5_training.errors import DataError
+from phase5_training.pipeline.formats import native
 from phase5_training.pipeline.formats.columns import Columns, concat
 from phase5_training.pipeline.formats.index_file import IndexWriter, RecordIndex, load
 from phase5_training.pipeline.formats.indexed import READ_BYTES, IndexedSource
@@ -35,7 +36,7 @@ from phase5_training.pipeline.formats.record_parser import RecordParser, holds_h
 from phase5_training.pipeline.formats.row_file import narrowed
 from phase5_training.pipeline.formats.source import CHUNK_ROWS, Access, ArraySource, ReadOptions, Source
 
-WHOLE_BYTES = 16 << 20  # a .json file up to this size is parsed as one document
+WHOLE_BYTES = 2 << 20  # a .json file up to this size is parsed as one document
 WHOLE_OBJECTS = 200_000  # of so many records, objects and lists; a bad record takes more yet
 OBJECT_BYTES = 64  # that a list or an object takes, which may be two bytes of text
 TEXT_GROWTH = 4  # a digit and a comma become eight bytes at most
@@ -265,22 +266,19 @@ class JsonRecords(IndexedSource):
         if ((starts[1:] < stops[:-1]) & (np.diff(indices[order]) != 0)).any():
             raise self._overlap()
         stops = np.maximum.accumulate(stops)
-        cuts = np.flatnonzero(starts[1:] - stops[:-1] > MAX_GAP) + 1
-        pieces, at, file = [], 0, self._descriptor()
-        shift = np.empty(len(order), np.int64)
-        for run in np.split(np.arange(len(order)), cuts):
-            first, size = int(starts[run[0]]), int(stops[run[-1]] - starts[run[0]])
-            piece = os.pread(file, size, first)
-            if len(piece) < size:
-                raise DataError(f"{self.path}: the file became shorter while it was read")
-            pieces.append(piece)
-            shift[run] = at - first
-            at += size
+        first_of_run = np.ones(len(order), bool)
+        first_of_run[1:] = starts[1:] - stops[:-1] > MAX_GAP
+        cuts = np.flatnonzero(first_of_run)
+        firsts = starts[cuts]
+        sizes = np.maximum.reduceat(stops, cuts) - firsts if len(cuts) else firsts
+        text = native.read_runs(self._descriptor(), firsts, sizes)
+        if text is None:
+            raise DataError(f"{self.path}: the file became shorter while it was read")
+        shift = (np.cumsum(sizes) - sizes - firsts)[np.cumsum(first_of_run) - 1]
         moved = np.empty_like(spans)
         moved[order] = spans[order] + shift[:, None]
         begin, end = np.ascontiguousarray(moved.T)
-        found = Found(0, b"".join(pieces), begin, end, offsets=spans[:, 0])
-        return self._parser(found, indices.tolist())
+        return self._parser(Found(0, text, begin, end, offsets=spans[:, 0]), indices.tolist())
 
     def _descriptor(self) -> int:
         if self._file is None or self._file[0] != os.getpid():

@@ -58,32 +58,63 @@ def reader() -> ctypes.CDLL | None:
     """
     if os.environ.get("FORGE_NATIVE") == "0":
         return None
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    compiler = _compiler()
     if compiler is None:
         logger.info("large JSON files are read without the native reader: no C++ compiler; install g++")
         return None
-    digest = hashlib.sha256(" ".join((*FLAGS, platform.machine(), compiler)).encode())
-    for source in SOURCES:
-        digest.update(source.read_bytes())
-    path = cache_folder() / f"records-{digest.hexdigest()[:20]}.so"
+    path = _library(compiler)
     try:
         if not path.exists():
             _build(compiler, path)
+            ready.cache_clear()
         found = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
         logger.info("large JSON files are read without the native reader: %s", said.strip().splitlines()[0])
         return None
-    for name in ("forge_read_records", "forge_find_records"):
+    for name in ("forge_read_records", "forge_find_records", "forge_read_runs"):
         getattr(found, name).restype = ctypes.c_int64
     for name in ("forge_check_records", "forge_take_rows", "forge_pad_rows"):
         getattr(found, name).restype = None
     return found
 
 
+@cache
 def ready() -> ctypes.CDLL | None:
-    """`reader` where this process has called it before: nobody waits for a compiler to copy a few rows."""
-    return reader() if reader.cache_info().currsize else None
+    """`reader` where nothing has to be compiled for it: nobody waits for a compiler to copy a few rows."""
+    compiler = _compiler()
+    return reader() if compiler is not None and _library(compiler).exists() else None
+
+
+def _compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _library(compiler: str) -> Path:
+    digest = hashlib.sha256(" ".join((*FLAGS, platform.machine(), compiler)).encode())
+    for source in SOURCES:
+        digest.update(source.read_bytes())
+    return cache_folder() / f"records-{digest.hexdigest()[:20]}.so"
+
+
+def read_runs(descriptor: int, firsts: np.ndarray, sizes: np.ndarray) -> bytes | None:
+    """Stretches of a file, one after the other; None where it ends before one of them does.
+
+    Args:
+        descriptor: of the open file.
+        firsts: (n,) int64, where they begin.
+        sizes: (n,) int64, their bytes.
+    """
+    total, fast = int(sizes.sum()), reader()
+    if fast is None:
+        spans = zip(firsts.tolist(), sizes.tolist(), strict=True)
+        joined = b"".join([os.pread(descriptor, size, first) for first, size in spans])
+        return joined if len(joined) == total else None
+    text = np.empty(total, np.uint8)
+    count = fast.forge_read_runs(
+        ctypes.c_int(descriptor), address(firsts), address(sizes), ctypes.c_int64(len(sizes)), address(text)
+    )
+    return text.tobytes() if count == len(sizes) else None
 
 
 def address(array: np.ndarray) -> ctypes.c_void_p:

@@ -1,5 +1,8 @@
-// Rows of different lengths: gathered, and padded to one width. Built by native.py; columns.py does the same
-// with numpy.
+// Rows of different lengths: read from a file, gathered, and padded to one width. Built by native.py; Python
+// and numpy do the same in native.py and columns.py.
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
 
@@ -30,6 +33,20 @@ void forge_take_rows(const char* flat, int64_t size, const int64_t* starts, cons
     if (row + kAhead < n) __builtin_prefetch(flat + starts[row + kAhead] * size);
     std::memcpy(out + offsets[row] * size, flat + starts[row] * size, (offsets[row + 1] - offsets[row]) * size);
   }
+}
+
+// Reads n stretches of a file to `out`, one after the other. Returns how many of them were there.
+int64_t forge_read_runs(int file, const int64_t* firsts, const int64_t* sizes, int64_t n, char* out) {
+  for (int64_t run = 0; run < n; ++run) {
+    for (int64_t done = 0; done < sizes[run];) {
+      const ssize_t got = pread(file, out, sizes[run] - done, firsts[run] + done);
+      if (got < 0 && errno == EINTR) continue;
+      if (got <= 0) return run;
+      done += got;
+      out += got;
+    }
+  }
+  return n;
 }
 
 // Rows of unsigned bytes, or of signed integers of 4 or 8 bytes, as (n, width) in `out`: cut, or filled up.

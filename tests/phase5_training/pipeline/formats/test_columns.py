@@ -18,7 +18,8 @@ TYPES = ["uint8", "int16", "int32", "int64"]
 def way(request, monkeypatch):
     found = native.reader()
     if request.param == "numpy":
-        monkeypatch.setattr(native, "ready", cache(lambda: None))
+        monkeypatch.setattr(native, "reader", cache(lambda: None))
+        monkeypatch.setattr(native, "ready", lambda: None)
     elif found is None:
         pytest.skip("no C++ compiler")
 
@@ -62,3 +63,25 @@ def test_texts():
     assert isinstance(joined, Texts)
     assert list(joined.take(np.array([4, 3]))) == ["z", "é"]
     assert concat_values([texts, ["z"]])[3:] == ["é", "z"]
+
+
+def test_neighboring_parts_are_joined_without_a_copy():
+    whole = Ragged(np.arange(6, dtype=np.uint8), np.array([0, 2, 2, 5, 6]))
+    near = [whole.take(slice(1, 3)), whole.take(slice(3, 4))]
+    joined = concat_values(near)
+    assert np.shares_memory(joined.flat, whole.flat)
+    assert [joined.row(i).tolist() for i in range(3)] == [[], [2, 3, 4], [5]]
+    swapped = concat_values(near[::-1])
+    assert [swapped.row(i).tolist() for i in range(3)] == [[5], [], [2, 3, 4]]
+    strided = Ragged(whole.flat[:4:2], np.array([0, 2]))
+    assert concat_values([strided, whole.take(slice(2, 4))]).flat.tolist() == [0, 2, 2, 3, 4, 5]
+
+
+def test_stretches_of_a_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"0123456789")
+    with path.open("rb") as file:
+        firsts, sizes = np.array([7, 0, 4]), np.array([3, 2, 0])
+        assert native.read_runs(file.fileno(), firsts, sizes) == b"78901"
+        assert native.read_runs(file.fileno(), firsts, np.array([4, 2, 0])) is None
+        assert native.read_runs(file.fileno(), firsts[:0], sizes[:0]) == b""
