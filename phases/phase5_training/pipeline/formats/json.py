@@ -221,7 +221,7 @@ class JsonRecords(IndexedSource):
             with self.path.open("rb", buffering=0) as file:
                 for whole in self._finder(file):
                     tell_read(str(self.path), file.tell(), None, "bytes")
-                    for found in cut(whole, CHUNK_ROWS):
+                    for found in cut(whole, CHUNK_ROWS, 0 if count else FIRST):
                         columns = self._parser(found, range(count, count + len(found.starts)))
                         count += len(found.starts)
                         lost += len(columns.bad)

@@ -285,10 +285,11 @@ def _pass_over_line(file: IO[bytes], length: int) -> tuple[int, bytes]:
 Finder = Callable[[IO[bytes]], Iterator[Found]]
 
 
-def cut(found: Found, rows: int) -> Iterator[Found]:
-    """The same in portions of at most ``rows`` records."""
-    for start in range(0, len(found.starts), rows):
-        part = slice(start, start + rows)
+def cut(found: Found, rows: int, first: int = 0) -> Iterator[Found]:
+    """The same in portions of at most ``rows`` records, the first of them of ``first`` unless that is 0."""
+    count = len(found.starts)
+    for start in [*range(0, min(first, 1)), *range(first, count, rows)]:
+        part = slice(start, start + rows if start >= first else first)
         lines = None if found.lines is None else found.lines[part]
-        faults = {i - start: fault for i, fault in found.faults.items() if start <= i < start + rows}
+        faults = {i - start: fault for i, fault in found.faults.items() if start <= i < part.stop}
         yield Found(found.base, found.text, found.starts[part], found.stops[part], lines, faults=faults)

@@ -74,7 +74,7 @@ inline bool plain(unsigned char byte) { return byte >= 0x20 && byte < 0x80 && by
 
 // Past the ASCII characters that stand for themselves within quotes.
 inline const char* past_plain(const char* at, const char* end) {
-  while (end - at >= 8) {
+  while (end - at >= 8 && plain(static_cast<unsigned char>(*at))) {
     const uint64_t word = eight(at);
     const uint64_t below = (word - 0x20 * kOnes) & ~word & kHighs;
     if (below | zeros(word ^ kOnes * '"') | zeros(word ^ kOnes * '\\') | (word & kHighs)) break;
@@ -103,10 +103,9 @@ bool hexadecimal(Cursor& c, uint32_t& code) {
   if (c.end - c.at < 4) return false;
   code = 0;
   for (int i = 0; i < 4; ++i, ++c.at) {
-    const char small = static_cast<char>(*c.at | 0x20);
-    const bool letter = small >= 'a' && small <= 'f';
-    if (!letter && !digit(*c.at)) return false;
-    code = code << 4 | static_cast<uint32_t>(letter ? small - 'a' + 10 : *c.at - '0');
+    const uint32_t byte = static_cast<unsigned char>(*c.at), small = byte | 0x20;
+    if (!digit(*c.at) && !(small >= 'a' && small <= 'f')) return false;
+    code = code << 4 | ((byte & 15) + 9 * (byte >> 6));
   }
   return true;
 }
@@ -115,14 +114,15 @@ bool hexadecimal(Cursor& c, uint32_t& code) {
 bool escape(Cursor& c, char*& out) {
   if (!c.more()) return false;
   const char kind = *c.at++;
-  const char* from = "\"\\/bfnrt";
-  const char* found = kind == '\0' ? nullptr : std::strchr(from, kind);
-  if (found != nullptr) {
+  uint32_t code, low;
+  if (kind != 'u') {
+    const char* from = "\"\\/bfnrt";
+    const char* found = kind == '\0' ? nullptr : std::strchr(from, kind);
+    if (found == nullptr) return false;
     *out++ = "\"\\/\b\f\n\r\t"[found - from];
     return true;
   }
-  uint32_t code, low;
-  if (kind != 'u' || !hexadecimal(c, code)) return false;
+  if (!hexadecimal(c, code)) return false;
   if (code >= 0xD800 && code < 0xE000) {  // half of a pair
     if (code >= 0xDC00 || !c.take('\\') || !c.take('u') || !hexadecimal(c, low)) return false;
     if (low < 0xDC00 || low >= 0xE000) return false;
@@ -155,15 +155,21 @@ bool text(Cursor& c, char*& out) {
   if (!c.take('"')) return false;
   while (true) {
     const char* run = c.at;
-    while (true) {
-      c.at = past_plain(c.at, c.end);
-      int64_t length = 0;
-      while (c.more() && static_cast<signed char>(*c.at) < 0 && (length = sequence(c.at, c.end)) > 0) c.at += length;
-      if (length == 0) break;
+    c.at = past_plain(c.at, c.end);
+    while (c.more() && static_cast<signed char>(*c.at) < 0) {
+      const int64_t length = sequence(c.at, c.end);
+      if (length == 0) return false;
+      c.at += length;
+      if (c.more() && plain(static_cast<unsigned char>(*c.at))) c.at = past_plain(c.at, c.end);
     }
     if (kKeep) {
-      std::memcpy(out, run, c.at - run);
-      out += c.at - run;
+      // Between two escapes there is often nothing, or a letter.
+      if (c.at - run < 8) {
+        while (run < c.at) *out++ = *run++;
+      } else {
+        std::memcpy(out, run, c.at - run);
+        out += c.at - run;
+      }
     }
     if (c.take('"')) return true;
     if (!c.take('\\')) return false;

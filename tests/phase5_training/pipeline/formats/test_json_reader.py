@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from phase5_training.errors import DataError
 from phase5_training.pipeline.formats import json_records, open_source
 from phase5_training.pipeline.formats.columns import as_rows
-from phase5_training.pipeline.formats.json_records import ListFinder, find_in_list, find_lines
+from phase5_training.pipeline.formats.json_records import Found, ListFinder, cut, find_in_list, find_lines
 from phase5_training.pipeline.formats.source import ReadOptions
 
 MODES = [ReadOptions(), ReadOptions(memory_limit=0), ReadOptions(streaming=True, window=8)]
@@ -382,3 +382,14 @@ def test_many_small_records_are_read_one_by_one_with_the_same_result(tmp_path, m
     assert np.array_equal(first.target, second.target)
     assert first.bad == second.bad
     assert len(first.bad) == len(records) - 30
+
+
+@pytest.mark.parametrize("first", [0, 1, 2, 5, 9])
+def test_portions_of_records_with_a_smaller_first_one(first):
+    whole = Found(0, b"", np.arange(5), np.arange(5) + 1, np.arange(5) + 10, faults={1: "one", 4: "four"})
+    parts = list(cut(whole, 2, first))
+    assert [n for part in parts for n in part.starts.tolist()] == [0, 1, 2, 3, 4]
+    assert len(parts[0].starts) == (min(first, 5) or 2)
+    assert all(len(part.starts) <= 2 for part in parts[1:])
+    told = {int(part.lines[i]): fault for part in parts for i, fault in part.faults.items()}
+    assert told == {11: "one", 14: "four"}
