@@ -1,6 +1,6 @@
 """Reading data: Forge against what people use, on files made for the purpose.
 
-    python benchmarks/bench_data.py                    # everything: 20 minutes on two cores, 5 GB of disk
+    python benchmarks/bench_data.py                    # everything: 23 minutes on two cores, 5 GB of disk
     python benchmarks/bench_data.py --parts json --mb 1000 --rounds 3
     python benchmarks/bench_data.py --parts hdf5 tokens streaming cache
 

@@ -40,6 +40,8 @@ Y = np.arange(8) % 3
 RECORDS = [{"input": X[i].tolist(), "target": int(Y[i]), "metadata": {"quality": 0.5}} for i in range(8)]
 TABLE = pa.table({"input": X.tolist(), "target": Y.tolist()})
 TEXTS = [{"text": f'words "{i}" \\ é: [', "label": i % 3} for i in range(8)]
+OTHER_KEYS = [{"id": {"a": [i, "]"]}, **record, "note": 'é "'} for i, record in enumerate(RECORDS)]
+MANY = 10  # so many times these make more records than the readers take to learn their form
 MODES: list[dict[str, Any]] = [
     {},
     {"memory_limit_mb": 0},
@@ -80,8 +82,12 @@ def seeds() -> dict[str, list[bytes]]:
         ".json": [
             json.dumps({"samples": RECORDS}).encode(), json.dumps(TEXTS, indent=1).encode(),
             json.dumps({"inputs": X.tolist(), "targets": Y.tolist()}).encode(),
+            json.dumps(TEXTS * MANY, ensure_ascii=False).encode(), json.dumps(OTHER_KEYS * MANY).encode(),
         ],
-        ".jsonl": [lines(RECORDS), lines(TEXTS), lines([{"input": k, "target": 0} for k in K.tolist()])],
+        ".jsonl": [
+            lines(RECORDS), lines(TEXTS), lines([{"input": k, "target": 0} for k in K.tolist()]),
+            lines(TEXTS * MANY), lines(OTHER_KEYS * MANY),
+        ],
         ".npy": [
             by_file(lambda p: np.save(p, X), ".npy"),
             by_file(lambda p: np.save(p, np.asfortranarray(K)), ".npy"),
