@@ -43,8 +43,8 @@ class DataConfig:
         num_classes: labels beyond it are bad; None takes the classes that occur.
         input_kind: "tokens" or "features" where whole numbers could be either; "auto" takes lists of
             whole numbers for tokens.
-        reads: "tokens" or "features", what the model reads where that is known; data whose first records are
-            of the other kind are refused at once.
+        reads: "tokens" or "features", what the model reads where that is known; data of the other kind are
+            refused, at once where their first records tell.
         pad_id: token with which to pad lists of token ids of different lengths; None refuses them.
         pack_text: join texts end to end and cut them into blocks of ``max_length`` tokens, for next-token
             training without padding.

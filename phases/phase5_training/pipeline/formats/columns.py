@@ -70,7 +70,7 @@ class Ragged:
         offsets = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=offsets[1:])
         fast = native.ready()
-        if fast is None or not self.flat.flags.c_contiguous:
+        if fast is None or not self._holds(starts, lengths):
             shift = np.repeat(starts - offsets[:-1], lengths)
             return Ragged(self.flat[shift + np.arange(offsets[-1])], offsets)
         flat = np.empty(offsets[-1], self.flat.dtype)
@@ -79,6 +79,13 @@ class Ragged:
             native.address(offsets), ctypes.c_int64(len(lengths)), native.address(flat),
         )  # fmt: skip
         return Ragged(flat, offsets)
+
+    def _holds(self, starts: np.ndarray, lengths: np.ndarray) -> bool:
+        """Whether native code, which does not check, may read these rows: a file may have stated offsets."""
+        if not len(starts):
+            return True
+        inside = starts.min() >= 0 and lengths.min() >= 0 and (starts + lengths).max() <= len(self.flat)
+        return bool(inside) and self.flat.flags.c_contiguous
 
     def followed_by(self, token: int) -> Ragged:
         """Every sequence with one more element at its end."""
@@ -93,7 +100,11 @@ class Ragged:
         if not len(self.flat):
             return np.full((len(self), width), fill, np.int64)
         fast = native.ready()
-        if fast is not None and self.flat.dtype in _PADDED_NATIVELY and self.flat.flags.c_contiguous:
+        if (
+            fast is not None
+            and self.flat.dtype in _PADDED_NATIVELY
+            and self._holds(self.offsets[:-1], self.lengths)
+        ):
             padded = np.empty((len(self), width), np.int64)
             offsets = np.ascontiguousarray(self.offsets, np.int64)
             fast.forge_pad_rows(

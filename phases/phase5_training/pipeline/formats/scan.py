@@ -164,9 +164,8 @@ class Scanner:
             kept += len(chunk)
             self._take_in(chunk, text)
             tell_read(self.source.paths[0], kept + len(self.lost), known_length(self.source), "records")
-            if nothing_yet and kept and self.options.reads is not None:  # at once, not after gigabytes
-                kind = kind_of_input(self.input, self.options.input_kind)
-                check_input_kind(self.options.reads, kind, text=self.input.kind == "text")
+            if nothing_yet and kept:  # at once, not after gigabytes
+                self._check_kind(so_far=True)
         for position, first in sorted((self.duplicates.repeated() if self.duplicates else {}).items()):
             self._drop(position, "duplicate", f"is record {self.source.locate(first)[1]} again", quarantine)
             kept -= 1
@@ -177,6 +176,7 @@ class Scanner:
             why = ", ".join(f"{name} {count}" for name, count in self.dropped.items())
             raise DataError(f"{self.source.paths[0]}: all {records} records were dropped ({why})")
         self._check_share(records)
+        self._check_kind(so_far=False)
         keep = Selection.without(records, np.frombuffer(self.lost, np.int64)) if self.lost else None
         spec = build_spec(self, kept)
         lengths = None
@@ -188,6 +188,13 @@ class Scanner:
             spec, records, keep, dict(self.dropped), self.truncated, self.without_quality,
             self.input.longest, lengths, bool(self.target),
         )  # fmt: skip
+
+    def _check_kind(self, *, so_far: bool) -> None:
+        """Refuse inputs that the model does not read; whole numbers may be followed by fractions."""
+        kind, text = kind_of_input(self.input, self.options.input_kind), self.input.kind == "text"
+        undecided = so_far and kind == "tokens" and not text
+        if self.options.reads is not None and not undecided:
+            check_input_kind(self.options.reads, kind, text=text)
 
     def _check_share(self, records: int) -> None:
         lost, limit = len(self.lost), self.options.max_dropped_share

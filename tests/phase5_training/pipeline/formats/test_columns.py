@@ -85,3 +85,9 @@ def test_stretches_of_a_file(tmp_path):
         assert native.read_runs(file.fileno(), firsts, sizes) == b"78901"
         assert native.read_runs(file.fileno(), firsts, np.array([4, 2, 0])) is None
         assert native.read_runs(file.fileno(), firsts[:0], sizes[:0]) == b""
+
+
+@pytest.mark.parametrize("offsets", [[0, 9], [6, 8]])
+def test_offsets_that_lead_out_of_the_elements_are_refused_and_not_followed(offsets):
+    with pytest.raises(IndexError):
+        Ragged(np.arange(4), np.array(offsets)).take(np.array([0, 0]))

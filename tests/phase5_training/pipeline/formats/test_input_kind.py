@@ -1,4 +1,4 @@
-"""Data of another kind than the model reads are refused at their first records."""
+"""Data of another kind than the model reads are refused, at their first records where those decide."""
 
 import json
 
@@ -31,12 +31,6 @@ class TwoChunks(ArraySource):
 @pytest.mark.parametrize(
     ("reads", "first", "options", "said"),
     [
-        (
-            "features",
-            WHOLE,
-            {},
-            "set input_kind='features' where they are quantities, or use",
-        ),
         ("features", ["ab", "c"], {}, "the mlp reads features and the inputs are text; use model='decoder'"),
         ("tokens", -WHOLE, {}, "reads token ids and the inputs are features; use model='mlp'"),
         ("tokens", WHOLE + 0.5, {}, "reads token ids and the inputs are features; use model='mlp'"),
@@ -52,12 +46,24 @@ def test_at_the_first_records(reads, first, options, said):
 
 
 @pytest.mark.parametrize(
-    ("reads", "options"), [("features", {"input_kind": "features"}), (None, {}), ("tokens", {})]
+    ("reads", "options"), [("features", {"input_kind": "features"}), ("features", {}), (None, {})]
 )
 def test_what_fits_is_read_to_the_end(reads, options):
+    """Whole numbers at first are no reason to refuse: fractions make features of them."""
     source = TwoChunks(WHOLE)
-    scan(source, ByteTokenizer(), ScanOptions(reads=reads, **options))
+    found = scan(source, ByteTokenizer(), ScanOptions(reads=reads, **options))
     assert source.walked == 1
+    assert found.spec.input_kind == "features"
+
+
+@pytest.mark.parametrize(
+    ("reads", "data", "said"),
+    [("features", WHOLE, "set input_kind='features' where"), ("tokens", None, "inputs are features")],
+)
+def test_at_the_end_where_the_first_records_do_not_decide(reads, data, said):
+    whole = ArraySource("npy", ["x.npy"], WHOLE, np.array([0, 1]))
+    with pytest.raises(UsageError, match=said):
+        scan(TwoChunks(WHOLE) if data is None else whole, ByteTokenizer(), ScanOptions(reads=reads))
 
 
 def test_whole_numbers_for_an_mlp_on_the_command_line(tmp_path, monkeypatch, capsys):
